@@ -1,0 +1,1040 @@
+"""What the three papers share and none of them invented: the KL-VAE, data, randomness, training state, pictures.
+
+Sections   1  KL-VAE: encoder, decoder, published weights             KLVAE, load_vae
+           2  Data: named sets, folders, crops, order, cache          load_data, crop, Order, cached
+           3  Randomness: one stream per image                        Noise
+           4  Training state: stages, ranks, checkpoints, EMA, log    Stage, Recipe, distributed, save, read, update_ema
+           5  Pictures: uint8 borders, grids, PNG and GIF             to_uint8, grid, save_gif
+Range      Images are float in [-1, 1] inside, uint8 at the borders (files, caches, data sets).
+Errors     A mistake that the user can mend raises UserError with one line that says how; the scripts print it and
+           leave with exit code 2.
+"""
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import struct
+import sys
+import tarfile
+import typing
+import urllib.error
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line, what is wrong and what to do."""
+
+
+def command(main):
+    """Runs a script's `main`: a user's mistake or a failing disk ends it with one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        message = str(error)
+    except OSError as error:  # disk full, no permission, a vanished folder
+        message = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+    except KeyboardInterrupt:
+        message = "interrupted"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2) if dist.is_initialized() else sys.exit(2)  # other ranks may hang: torchrun ends them
+
+
+def override(config, assignments):
+    """A copy of a (nested) dataclass with `field=value` strings applied, typed by the field. Raises UserError."""
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        head, _, rest = name.strip().partition(".")
+        hints = typing.get_type_hints(type(config))
+        if not equals or head not in hints:
+            raise UserError(f"--set {assignment}: no such field; the fields are {', '.join(hints)}")
+        value, kind = getattr(config, head), hints[head]
+        try:
+            if dataclasses.is_dataclass(value):
+                value = override(value, [f"{rest}={text}"])
+            elif kind is bool:
+                value = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            elif typing.get_origin(kind) is tuple:
+                value = tuple(typing.get_args(kind)[0](part) for part in text.split(",") if part)
+            else:
+                value = kind(text)
+            config = dataclasses.replace(config, **{head: value})
+        except (KeyError, ValueError) as error:
+            raise UserError(f"--set {assignment}: {head} is a {getattr(kind, '__name__', kind)} ({error})") from None
+    return config
+
+
+# --- 1  KL-VAE -------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Shape of a latent-diffusion KL autoencoder (Rombach et al., 2022). The default is the 16-channel f16 one."""
+    channels: int = 16                            # latent channels z
+    width: int = 128                              # channels at full resolution
+    mult: tuple[int, ...] = (1, 1, 2, 2, 4)       # width multiple per level; each level but the last halves the side
+    blocks: int = 2                               # residual blocks per encoder level; the decoder has one more
+    attention: tuple[int, ...] = (4,)             # encoder levels with attention after every residual block
+    decoder_attention: tuple[int, ...] = ()       # the same for the decoder
+    groups: int = 32                              # of every group norm
+    scale: float = 0.2325                         # latent = scale * posterior sample; 0: measured by the vae stage
+    kl_weight: float = 1e-6                       # training: weight of the KL term, per latent value
+
+    @property
+    def factor(self):
+        """Image side over latent side."""
+        return 2 ** (len(self.mult) - 1)
+
+
+SD_VAE = VAEConfig(channels=4, mult=(1, 2, 4, 4), attention=(), scale=0.18215)  # the 4-channel f8 one
+
+
+class ResBlock(nn.Module):
+    """GN, SiLU, conv, GN, SiLU, conv, plus the input (through a 1x1 convolution where the width changes)."""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class SpatialAttention(nn.Module):
+    """Single-head attention over all positions of a feature map, plus the input."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # (B, hw, C)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.proj_out(h)
+
+
+class Down(nn.Module):
+    """Halves the side: zeros on the right and at the bottom only, then a 3x3 convolution of stride 2."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Up(nn.Module):
+    """Doubles the side: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where the level has it."""
+
+    def __init__(self, c_in, c_out, blocks, attention, groups):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_out if j else c_in, c_out, groups) for j in range(blocks))
+        self.attn = nn.ModuleList(SpatialAttention(c_out, groups) for _ in range(blocks if attention else 0))
+
+    def forward(self, x):
+        for j, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[j](x)
+        return x
+
+
+def middle(c, groups):
+    """Residual block, attention, residual block, at the lowest resolution."""
+    return nn.Sequential(OrderedDict(block_1=ResBlock(c, c, groups), attn_1=SpatialAttention(c, groups),
+                                     block_2=ResBlock(c, c, groups)))
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) to features (B, 2z, H/f, W/f)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, last = [config.width * m for m in config.mult], len(config.mult) - 1
+        self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = Level(widths[max(i - 1, 0)] if i else config.width, width, config.blocks, i in config.attention,
+                          config.groups)
+            if i < last:
+                level.downsample = Down(width)
+            self.down.append(level)
+        self.mid = middle(widths[-1], config.groups)
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            x = level(x)
+            if i < len(self.down) - 1:
+                x = level.downsample(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (B, z, H/f, W/f) to images (B, 3, H, W). Level 0 is full resolution, so the levels run backwards."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, last = [config.width * m for m in config.mult], len(config.mult) - 1
+        self.conv_in = nn.Conv2d(config.channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1], config.groups)
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = Level(widths[min(i + 1, last)], width, config.blocks + 1, i in config.decoder_attention,
+                          config.groups)
+            if i > 0:
+                level.upsample = Up(width)
+            self.up.append(level)
+        self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid(self.conv_in(z))
+        for i in reversed(range(len(self.up))):
+            x = self.up[i](x)
+            if i > 0:
+                x = self.up[i].upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class KLVAE(nn.Module):
+    """Autoencoder with a Gaussian posterior (Rombach et al., 2022, KL-regularised), and the latent scale that goes
+    with its weights: everybody else sees scaled latents only.
+
+    encode: images (B, 3, H, W) to moments (B, 2z, h, w); sample: moments to scaled latents (B, z, h, w);
+    decode: scaled latents to images. H and W are divisible by config.factor.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.channels, 2 * config.channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.channels, config.channels, 1)
+        self.register_buffer("scale", torch.tensor(float(config.scale or 1)))
+
+    def encode(self, images):
+        """Moments of the posterior: mean, then log-variance (not clamped)."""
+        return self.quant_conv(self.encoder(images))
+
+    def posterior(self, moments):
+        """Mean and standard deviation (B, z, h, w), unscaled."""
+        mean, logvar = moments.float().chunk(2, dim=1)
+        return mean, torch.exp(logvar.clamp(-30, 20) / 2)
+
+    def sample(self, moments, noise=None):
+        """Scaled latents drawn from the posterior. noise (B, z, h, w) is drawn unless given."""
+        mean, std = self.posterior(moments)
+        return self.scale * (mean + std * (torch.randn_like(mean) if noise is None else noise))
+
+    def decode(self, latents):
+        """Images (B, 3, H, W) of scaled latents, not clamped."""
+        return self.decoder(self.post_quant_conv(latents / self.scale))
+
+    def kl(self, moments):
+        """KL divergence to N(0, I) per image (B,), summed over channels and space."""
+        mean, std = self.posterior(moments)
+        return 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).flatten(1).sum(1)
+
+    def forward(self, images, labels=None, *, noise=None):
+        """Training loss: L1 reconstruction + kl_weight * KL, both means (over image values; over latent values)."""
+        moments = self.encode(images)
+        l1 = F.l1_loss(self.decode(self.sample(moments, noise)).float(), images)
+        kl = self.kl(moments).mean() / (moments[0].numel() / 2)
+        return {"loss": l1 + self.config.kl_weight * kl, "l1": l1, "kl": kl}
+
+    @torch.no_grad()
+    def calibrate(self, images):
+        """Sets the scale so that the latents of these images have unit standard deviation (if it is measured)."""
+        if not self.config.scale:
+            mean, std = self.posterior(self.encode(images))
+            self.scale.copy_((mean.var() + (std**2).mean()).rsqrt())
+
+
+DIFFUSERS = [  # diffusers name -> latent-diffusion name; the decoder's block order is turned round in load_vae
+    (r"conv_norm_out", "norm_out"), (r"conv_shortcut", "nin_shortcut"),
+    (r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"down_blocks\.(\d+)\.resnets", r"down.\1.block"), (r"down_blocks\.(\d+)\.attentions", r"down.\1.attn"),
+    (r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"up_blocks\.(\d+)\.resnets", r"up.\1.block"), (r"up_blocks\.(\d+)\.attentions", r"up.\1.attn"),
+    (r"up_blocks\.(\d+)\.upsamplers\.0", r"up.\1.upsample"),
+    (r"group_norm", "norm"), (r"\b(to_q|query)\b", "q"), (r"\b(to_k|key)\b", "k"), (r"\b(to_v|value)\b", "v"),
+    (r"\b(to_out\.0|proj_attn)\b", "proj_out")]
+
+
+def load_vae(path):
+    """A KL-VAE from a file of this project, of latent-diffusion or of diffusers; the config comes from the shapes.
+
+    Strict: a missing, extra or misshapen entry is a UserError that names it. The latent scale is the file's own if it
+    holds one, else the published one for 16 (0.2325, TransDiff) or 4 channels (0.18215, Stable Diffusion).
+    """
+    content = read(path)
+    config = VAEConfig(**content["vae"]) if "vae" in content else None
+    state = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), content)
+    return vae_from_state(state, config, path)
+
+
+def vae_from_state(state, config=None, path="the VAE"):
+    """The KL-VAE of a state dict in one of the three layouts (see load_vae)."""
+    state = {k: v for k, v in state.items() if not k.startswith(("loss", "model_ema."))}
+    if any("_blocks." in k for k in state):
+        levels = 1 + max(int(m[1]) for m in (re.match(r"decoder\.up_blocks\.(\d+)", k) for k in state) if m)
+        for old, new in DIFFUSERS:
+            state = {re.sub(old, new, k): v for k, v in state.items()}
+        state = {re.sub(r"\bup\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", k): v for k, v in state.items()}
+        state = {k: v[:, :, None, None] if ("attn" in k and v.ndim == 2) else v for k, v in state.items()}
+    if config is None:
+        def count(pattern):  # how many different numbers stand at the group of the pattern
+            return sorted({int(m[1]) for m in (re.match(pattern, k) for k in state) if m})
+        try:
+            width, channels = state["encoder.conv_in.weight"].shape[0], state["post_quant_conv.weight"].shape[0]
+            levels = count(r"encoder\.down\.(\d+)\.block")
+            config = VAEConfig(
+                channels=channels, width=width, blocks=len(count(r"encoder\.down\.0\.block\.(\d+)")),
+                mult=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // width for i in levels),
+                attention=tuple(count(r"encoder\.down\.(\d+)\.attn")),
+                decoder_attention=tuple(count(r"decoder\.up\.(\d+)\.attn")),
+                scale=float(state.get("scale", {16: 0.2325, 4: 0.18215}.get(channels, 1.0))))
+        except KeyError as missing:
+            raise UserError(f"{path}: not a KL-VAE in a known layout: no entry {missing}") from None
+    vae = KLVAE(config)
+    load_strict(vae, {"scale": torch.tensor(float(config.scale or 1)), **state}, path)
+    return vae.eval().requires_grad_(False)
+
+
+# --- 2  Data ---------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Data:
+    """A labelled set of pictures. Nothing per image is held but its label and what `read` needs to find it."""
+    name: str
+    labels: np.ndarray                     # (n,) int64, 0 .. len(classes) - 1
+    classes: list[str]
+    read: Callable[[int], Image.Image]     # the i-th picture, RGB, any size
+    key: str                               # digest: another set, or the same one changed, has another key
+
+
+SHAPES = ["circle", "ring", "square", "triangle", "diamond", "star", "heart", "cross", "crescent", "flower"]
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+FASHION = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+IDX = {  # name: (source, class names, {file: SHA-256 or its first digits})
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", list("0123456789"), {
+        "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"}),
+    "fashion-mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", FASHION, {
+        "train-images-idx3-ubyte.gz": "b0564c3eedabfbf8", "train-labels-idx1-ubyte.gz": "0ae29f65d86684f3",
+        "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84d", "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44"})}
+CIFAR10_FILE = ("https://www.cs.toronto.edu/~kriz/", "cifar-10-binary.tar.gz",
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error,
+              Image.DecompressionBombError)  # what Pillow raises for files that are not what they seem
+
+
+def load_data(name, root="data", size=32, split="train"):
+    """The data set `shapes`, `mnist`, `fashion-mnist`, `cifar10`, or a FOLDER with a sub-folder per class.
+
+    Named sets are read from root/<name>/, and downloaded there once if missing. `size` (pixels) matters to shapes,
+    which are drawn at that size, and to folders, whose JPEGs are decoded no larger than needed. split is "train" or
+    "test"; a folder has no test split. Raises UserError for what is missing, damaged or empty.
+    """
+    if name == "shapes":
+        first, n = (0, 24000) if split == "train" else (24000, 4000)
+        return Data(name, np.arange(first, first + n) % len(SHAPES), SHAPES, lambda i: draw_shape(first + i, size),
+                    f"shapes-1-{first}-{n}")
+    if name in IDX:
+        source, classes, files = IDX[name]
+        images, labels = (read_idx(download(source, Path(root, name, f), digest)) for f, digest in files.items()
+                          if f.startswith("train" if split == "train" else "t10k"))
+        if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max(initial=0) >= len(classes):
+            raise UserError(f"{Path(root, name)}: images {images.shape} and labels {labels.shape} do not belong together")
+    elif name == "cifar10":
+        source, file, digest = CIFAR10_FILE
+        images, labels = read_cifar10(download(source, Path(root, name, file), digest), split)
+        classes = CIFAR10
+    else:
+        return load_folder(Path(name), size)
+    key = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:12]
+    return Data(name, labels.astype(np.int64), classes, lambda i: Image.fromarray(images[i]).convert("RGB"), key)
+
+
+def download(source, path, digest):
+    """`path`, fetched from source/<its name> if it is not there; kept only if its SHA-256 starts with `digest`."""
+    plain = path.with_suffix("") if path.suffix == ".gz" and path.with_suffix("").suffix != ".tar" else path
+    with rank_zero_first():
+        if not path.exists() and plain.exists():
+            return plain
+        if not path.exists():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                print(f"downloading {source}{path.name} to {path}")
+                torch.hub.download_url_to_file(source + path.name, str(path), digest, progress=sys.stderr.isatty())
+            except (OSError, RuntimeError, urllib.error.URLError) as error:
+                raise UserError(f"cannot download {source}{path.name}: {error}; fetch it by other means to {path}"
+                                f" (SHA-256 {digest}), or name another folder with --data-root") from None
+    return path
+
+
+def read_idx(path):
+    """The array in an IDX file, gzipped or not: two zero bytes, type 8 (uint8), dimensions, sizes, values."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+            raw = f.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and it is downloaded again") from None
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
+        raise UserError(f"{path} is not an IDX file of bytes: it starts with {raw[:4].hex() or 'nothing'}")
+    shape = np.frombuffer(raw, ">i4", raw[3], 4).astype(int)
+    if shape.min(initial=1) < 1 or len(raw) != 4 + 4 * raw[3] + shape.prod():
+        raise UserError(f"{path} is damaged: {len(raw)} bytes do not hold the {'x'.join(map(str, shape))} values that"
+                        " its header promises; delete it and it is downloaded again")
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+
+
+def read_cifar10(path, split):
+    """Images (n, 32, 32, 3) and labels (n,) from the binary version's archive, read without unpacking it."""
+    records = []
+    try:
+        with tarfile.open(path) as archive:
+            for name in [f"data_batch_{k}.bin" for k in range(1, 6)] if split == "train" else ["test_batch.bin"]:
+                raw = np.frombuffer(archive.extractfile(f"cifar-10-batches-bin/{name}").read(), np.uint8)
+                records.append(raw.reshape(-1, 3073))  # a label, then 1024 red, green and blue values
+    except (OSError, EOFError, KeyError, ValueError, AttributeError, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"{path} is not the binary CIFAR-10 archive, or damaged ({error}); delete it") from None
+    records = np.concatenate(records)
+    if not len(records) or records[:, 0].max() > 9:
+        raise UserError(f"{path} does not hold CIFAR-10 records")
+    return np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), records[:, 0]
+
+
+def load_folder(path, size):
+    """A folder of class folders (their naturally sorted names are the classes), or a flat one: a single class."""
+    def natural(p):  # class 2 before class 10
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", p.name)]
+
+    if not path.is_dir():
+        raise UserError(f"--data {path}: no such folder, and not one of shapes, {', '.join(IDX)}, cifar10")
+    Image.init()
+    endings = {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    folders = sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=natural) or [path]
+    names, labels, classes = [], [], []
+    for folder in folders:
+        found = sorted(os.path.relpath(os.path.join(at, f), path) for at, _, files in os.walk(folder) for f in files
+                       if os.path.splitext(f)[1].lower() in endings and not f.startswith("."))
+        if not found:
+            print(f"{folder}: no pictures; left out")
+            continue
+        names += found
+        labels += [len(classes)] * len(found)
+        classes.append(folder.name)
+    if not names:
+        raise UserError(f"--data {path}: no file that Pillow reads, here or in the sub-folders")
+    names, labels = np.array([os.fsencode(n) for n in names]), np.array(labels)
+    broken = set()
+
+    def read_picture(i):
+        def next_of_class():  # takes the place of a broken file
+            same = np.flatnonzero(labels == labels[i])
+            return np.roll(same, -np.searchsorted(same, i))[1:]
+
+        for j in itertools.chain([i], (j for _ in [0] for j in next_of_class())):
+            if j in broken:
+                continue
+            file = path / os.fsdecode(names[j])
+            try:
+                with Image.open(file) as image:
+                    image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at the smallest scale that is still larger
+                    return rgb(image)
+            except UNREADABLE as error:
+                broken.add(j)
+                tqdm.write(f"skipped broken file {file} ({len(broken)} so far): {error}")
+        raise UserError(f"{path / classes[labels[i]]}: no readable picture in this class")
+
+    stamp = [f"{n}:{os.path.getsize(path / os.fsdecode(n))}" for n in names]
+    return Data(path.resolve().name, labels, classes, read_picture, hashlib.sha256(str(stamp).encode()).hexdigest()[:12])
+
+
+def rgb(image):
+    """Any mode that Pillow reads, as RGB: alpha over white, 16 bits to 8."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def shrink(image, side):
+    """The shorter side becomes `side`: halved by a box filter while twice too large, then bicubic (as ADM does)."""
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    ratio = side / min(image.size)
+    return image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
+
+
+def cut(image, size, left, top):
+    """A square of `size` pixels."""
+    return image.crop((left, top, left + size, top + size))
+
+
+def centre_crop(image, size, rng=None):
+    """The centre square, by ADM's rule."""
+    image = shrink(image, size)
+    return cut(image, size, (image.width - size) // 2, (image.height - size) // 2)
+
+
+def random_crop(image, size, rng):
+    """A square of the shorter side at a random place, resized (TransDiff)."""
+    side = min(image.size)
+    image = cut(image, side, rng.integers(image.width - side + 1), rng.integers(image.height - side + 1))
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def random_crop_mirror(image, size, rng):
+    """random_crop, mirrored every other time."""
+    return mirror(random_crop(image, size, rng)) if rng.random() < 0.5 else random_crop(image, size, rng)
+
+
+def mirror(image):
+    """Left and right exchanged."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def centre_only(image, size):
+    """Views for the cache: the centre crop."""
+    return [centre_crop(image, size)]
+
+
+def centre_and_mirror(image, size):
+    """Views for the cache: the centre crop and its mirror image (TransDiff)."""
+    return [centre_crop(image, size), mirror(centre_crop(image, size))]
+
+
+def ten_crops(image, size):
+    """Four corners and the centre of the picture at 1.1 times the size, and their mirror images (D-AR's AR stage)."""
+    image = centre_crop(image, int(size * 1.1))
+    far = image.width - size
+    five = [cut(image, size, x, y) for x, y in ((0, 0), (far, 0), (0, far), (far, far), (far // 2, far // 2))]
+    return five + [mirror(crop) for crop in five]
+
+
+def draw_shape(index, size):
+    """Picture `index` of the data set `shapes`: class index % 10, anti-aliased and shaded, on a varied ground.
+
+    Everything follows from a signed distance d(x, y): negative inside the shape, in units of half the picture.
+    """
+    rng = np.random.default_rng((20, index))
+    kind = SHAPES[index % len(SHAPES)]
+    axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
+    x, y = np.meshgrid(axis, axis)
+
+    def colour(hue, saturation, value):
+        rise = np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1
+        return value * (1 - saturation * (1 - rise.clip(0, 1)))
+
+    def mix(a, b, share):  # colours or pictures a and b; share (size, size) of b
+        return a + (b - a) * share[..., None]
+
+    hue, turn = rng.random(), rng.normal() * 0.2
+    light, scale = rng.uniform(-2.6, -0.6), rng.uniform(0.58, 0.78)
+    at = rng.uniform(-0.9, 0.9, 2) * (0.95 - scale)
+    ground = colour((hue + rng.uniform(0.3, 0.7)) % 1, rng.uniform(0.1, 0.4), rng.uniform(0.75, 1))
+    slope = rng.uniform(0, 2 * math.pi)
+    along = np.cos(slope) * x + np.sin(slope) * y
+    picture = mix(ground, ground * rng.uniform(0.5, 0.75), (along + 1.4) / 2.8)
+    if rng.random() < 0.5:  # soft stripes
+        picture = picture * (1 + 0.05 * np.sin(rng.uniform(5, 12) * along + rng.uniform(0, 6)))[..., None]
+
+    def distance(dx=0.0, dy=0.0):
+        u, v = (x - at[0] - dx) / scale, (y - at[1] - dy) / scale
+        u, v = np.cos(turn) * u + np.sin(turn) * v, np.cos(turn) * v - np.sin(turn) * u
+        return scale * signed_distance(kind, u, v)
+
+    picture = picture * (1 - 0.4 * (0.5 - distance(-0.09 * np.cos(light), -0.09 * np.sin(light)) / 0.16).clip(0, 1)
+                         )[..., None]  # a soft shadow, away from the light
+    d = distance()
+    bright = 0.5 + 0.5 * ((x - at[0]) * np.cos(light) + (y - at[1]) * np.sin(light)) / scale
+    deep, pale = colour(hue, 0.9, rng.uniform(0.5, 0.7)), colour(hue, rng.uniform(0.5, 0.75), 1.0)
+    surface = mix(deep, pale, bright.clip(0, 1)) * (0.8 + 0.2 * (-d / 0.12).clip(0, 1))[..., None]  # darker rim
+    picture = mix(picture, surface, (0.5 - d * size / 2).clip(0, 1))
+    return Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def signed_distance(kind, u, v):
+    """Distance of the points (u, v) to the outline of a shape of about unit radius, negative inside; v points down."""
+    def disc(x, y, r):
+        return np.hypot(u - x, v - y) - r
+
+    def box(a, b):
+        p, q = np.abs(u) - a, np.abs(v) - b
+        return np.hypot(p.clip(0), q.clip(0)) + np.maximum(p, q).clip(None, 0)
+
+    def polygon(points):
+        d, inside = np.full_like(u, np.inf), np.zeros(u.shape, bool)
+        for (ax, ay), (bx, by) in zip(points, np.roll(points, 1, 0)):
+            ex, ey, wx, wy = bx - ax, by - ay, u - ax, v - ay
+            t = ((wx * ex + wy * ey) / (ex * ex + ey * ey)).clip(0, 1)
+            d = np.minimum(d, np.hypot(wx - ex * t, wy - ey * t))
+            if ay != by:  # crossings of a ray to the right
+                inside ^= ((v >= ay) != (v >= by)) & (u < ax + (v - ay) * ex / ey)
+        return np.where(inside, -d, d)
+
+    def corners(n, radii, start=-math.pi / 2):
+        angle = start + np.arange(n) * 2 * math.pi / n
+        return np.stack([np.cos(angle), np.sin(angle)], 1) * np.resize(radii, n)[:, None]
+
+    if kind == "circle":
+        return disc(0, 0, 0.92)
+    if kind == "ring":
+        return np.abs(disc(0, 0, 0.72)) - 0.22
+    if kind == "square":
+        return box(0.78, 0.78)
+    if kind == "triangle":
+        return polygon(corners(3, 1.05) + [0, 0.2])
+    if kind == "diamond":
+        return polygon(corners(4, [1.1, 0.68]))
+    if kind == "star":
+        return polygon(corners(10, [1.08, 0.45]))
+    if kind == "heart":  # a square on its corner and two discs on its upper sides
+        return np.minimum(polygon(corners(4, 0.85) + [0, 0.12]), np.minimum(disc(-0.425, -0.305, 0.601),
+                                                                             disc(0.425, -0.305, 0.601)))
+    if kind == "cross":
+        return np.minimum(box(0.95, 0.33), box(0.33, 0.95))
+    if kind == "crescent":
+        return np.maximum(disc(0, 0, 0.98), -disc(0.42, -0.1, 0.78))
+    petals = [disc(*(0.58 * p), 0.4) for p in corners(6, 1.0)]  # flower
+    return functools.reduce(np.minimum, petals, disc(0, 0, 0.45))
+
+
+class Order:
+    """Which images make which micro-batch of a run: an endless row of shuffled epochs, cut into pieces.
+
+    order(k) is micro-batch k of the whole run, over all ranks and steps: a list of (epoch, images), where `images`
+    are `group` images of one class. It depends on (seed, k) alone: resuming and re-sharding keep it.
+    """
+
+    def __init__(self, labels, batch, group=1, seed=0):
+        self.labels, self.batch, self.group, self.seed = labels, batch, group, seed
+        self.epoch = functools.lru_cache(2)(self.shuffled)
+        self.length = len(self.shuffled(0))  # samples per epoch
+
+    def shuffled(self, epoch):
+        """Indices (n, group) of one epoch. A class that does not divide into groups repeats some of its images."""
+        rng = np.random.default_rng((self.seed, epoch))
+        if self.group == 1:
+            return rng.permutation(len(self.labels))[:, None]
+        members = [rng.permutation(np.flatnonzero(self.labels == c)) for c in np.unique(self.labels)]
+        groups = [np.resize(m, (math.ceil(len(m) / self.group), self.group)) for m in members]
+        return rng.permutation(np.concatenate(groups))
+
+    def __call__(self, k):
+        places = (divmod(p, self.length) for p in range(k * self.batch, (k + 1) * self.batch))
+        return [(e, self.epoch(e)[offset]) for e, offset in places]
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Augmented images as uint8 (3, h, w), or (group, 3, h, w), with their label; indexed by Order's pairs."""
+
+    def __init__(self, data, size, augment, seed=0):
+        self.data, self.size, self.augment, self.seed = data, size, augment, seed
+
+    def __getitem__(self, item):
+        epoch, indices = item
+        stack = torch.stack([from_pil(self.augment(self.data.read(i), self.size,
+                                                   np.random.default_rng((self.seed, epoch, i)))) for i in indices])
+        return stack if len(indices) > 1 else stack[0], int(self.data.labels[indices[0]])
+
+
+class Rows:
+    """A memory-mapped array on disk whose rows are filled once, by several ranks, over several runs if need be.
+
+    A folder with rows.npy, done.npy (which rows are there) and header.json (`about`: what they are). Opening it with
+    another `about`, shape or type raises UserError.
+    """
+
+    def __init__(self, folder, shape, dtype, about):
+        folder = Path(folder)
+        header = {"shape": list(shape), "dtype": np.dtype(dtype).name, **about}
+        with rank_zero_first():
+            if not (folder / "header.json").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                for name, form, kind in (("rows", shape, dtype), ("done", shape[:1], bool)):
+                    array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, tuple(form))
+                    if hasattr(os, "posix_fallocate"):  # a full disk says so now, not by a crash in the middle
+                        with open(folder / f"{name}.npy", "r+b") as f:
+                            os.posix_fallocate(f.fileno(), 0, array.offset + array.nbytes)
+                with atomic(folder / "header.json") as f:
+                    f.write(json.dumps(header).encode())
+        if (found := json.loads((folder / "header.json").read_text())) != header:
+            differ = [k for k in {*found, *header} if found.get(k) != header.get(k)]
+            raise UserError(f"{folder} was begun with other settings ({', '.join(differ)}); delete it to start anew")
+        self.rows, self.done = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("rows", "done"))
+
+    def todo(self, rank, world):
+        """The rows of this rank's share that are not there yet."""
+        return [int(i) for i in np.array_split(np.arange(len(self.done)), world)[rank] if not self.done[i]]
+
+    def write(self, indices, values):
+        """Stores rows, and only when they are on disk says that they are."""
+        self.rows[indices] = values
+        self.rows.flush()
+        self.done[indices] = True
+        self.done.flush()
+
+
+class Stored(torch.utils.data.Dataset):
+    """What a first stage made of the views of each image, one view at random; indexed by Order's pairs."""
+
+    def __init__(self, rows, labels, seed=0):
+        self.rows, self.labels, self.seed = rows, labels, seed
+
+    def __getitem__(self, item):
+        epoch, indices = item
+        views = [np.random.default_rng((self.seed, epoch, i)).integers(self.rows.shape[1]) for i in indices]
+        stack = torch.from_numpy(np.stack([self.rows[i, view] for i, view in zip(indices, views)]))
+        return stack if len(indices) > 1 else stack[0], int(self.labels[indices[0]])
+
+
+@torch.no_grad()
+def cached(folder, data, size, first, views, workers=0):
+    """The memory-mapped array (n, views, ...) of first.encode(view) for each view of each image, built if missing.
+
+    Keyed by data set, image size, first-stage weights and views; building is shared by the ranks and goes on where it
+    was interrupted.
+    """
+    device = next(first.parameters()).device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    sample = views(data.read(0), size)
+    shape = first.encode(to_float(torch.stack([from_pil(v) for v in sample]).to(device))).cpu().numpy()
+    about = {"data": data.name, "key": data.key, "size": size, "weights": fingerprint(first), "views": views.__name__}
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+    rows = Rows(Path(folder) / f"{data.name}-{size}-{digest}", (len(data.labels), *shape.shape), shape.dtype, about)
+    todo = rows.todo(rank, world)
+    loader = torch.utils.data.DataLoader(_Views(data, size, views), 64, sampler=todo, num_workers=workers)
+    bar = tqdm(total=len(todo), desc=f"caching {data.name}", unit="img", disable=rank > 0 or not todo)
+    for indices, pictures in loader:                                     # (b,), (b, V, 3, h, w)
+        encoded = first.encode(to_float(pictures.flatten(0, 1).to(device)))
+        rows.write(indices.numpy(), encoded.unflatten(0, pictures.shape[:2]).cpu().numpy())
+        bar.update(len(indices))
+    bar.close()
+    if world > 1:
+        dist.barrier()
+    return rows.rows
+
+
+class _Views(torch.utils.data.Dataset):
+    def __init__(self, data, size, views):
+        self.data, self.size, self.views = data, size, views
+
+    def __getitem__(self, i):
+        return i, torch.stack([from_pil(view) for view in self.views(self.data.read(i), self.size)])
+
+
+# --- 3  Randomness ---------------------------------------------------------------------------------------------------
+
+class Noise:
+    """One random stream per image, so that an image does not depend on its batch, neighbours or number of GPUs.
+
+    Noise.of(seed, indices): image k of seed s always has the same stream. Draws come from the CPU (Philox, keyed by
+    seed and index) in float32 and are moved to the device.
+    """
+
+    def __init__(self, seeds, device="cpu"):
+        self.streams = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in seeds]
+        self.device = device
+
+    @classmethod
+    def of(cls, seed, indices, device="cpu"):
+        """The streams of images `indices` of seed `seed`: a 128-bit key without collisions."""
+        return cls([(int(seed) << 64) + int(k) for k in indices], device)
+
+    def normal(self, shape):
+        """Standard normal values (images, *shape)."""
+        draws = np.stack([stream.standard_normal(shape, np.float32) for stream in self.streams])
+        return torch.from_numpy(draws).to(self.device)
+
+    def uniform(self, shape):
+        """Uniform values in [0, 1) (images, *shape)."""
+        draws = np.stack([stream.random(shape, np.float32) for stream in self.streams])
+        return torch.from_numpy(draws).to(self.device)
+
+
+def guidance_scales(cfg, steps):
+    """One guidance scale per step from a number, or from a pair (first, last) that is joined linearly."""
+    return [float(g) for g in np.linspace(*cfg, steps)] if isinstance(cfg, tuple) else [float(cfg)] * steps
+
+
+# --- 4  Training state -----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage is trained: AdamW, linear warm-up from zero, constant, linear decay at the end."""
+    lr: float
+    batch: int                        # samples per optimizer step, over all ranks and micro-batches
+    epochs: float                     # length in passes over the data
+    warmup: float = 0.0               # share of the run, 0 .. 1
+    decay: float = 0.0                # share of the run, at its end
+    final: float = 0.0                # learning rate at the end of the decay, as a share of lr
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.02
+    clip: float = 3.0                 # largest gradient norm
+    ema: float = 0.9999               # largest decay of the moving average of the weights
+
+    def rate(self, step, steps):
+        """Learning rate of optimizer step `step` (0 .. steps - 1)."""
+        rising, falling = self.warmup * steps, self.decay * steps
+        rate = self.lr * min(1, step / rising) if rising else self.lr
+        return rate * (self.final + (1 - self.final) * min(1, (steps - step) / falling)) if falling else rate
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One thing that is trained: what it is built from, what it eats, and how."""
+    name: str
+    build: Callable                            # config -> module; module(batch, labels) -> {"loss": ..., parts}
+    recipes: dict[str, Recipe]                 # by preset; a preset that is missing takes published weights
+    config: Callable = lambda config: config   # what this stage changes in the preset's config
+    first: str | None = None                   # the earlier, frozen stage whose codes it eats; None: it eats images
+    codes: Callable | None = None              # (first, stored codes) -> the module's batch
+    augment: Callable = lambda config: centre_crop          # config -> (image, size, rng) -> image
+    views: Callable | None = None              # config -> (image, size) -> the views of an image that are cached
+    group: Callable = lambda config: 1         # images of one class that make one sample
+    start: str | None = None                   # the earlier stage whose weights it goes on from
+    carry: Callable | None = None              # (name, old, shape) -> tensor or None, for weights that change shape
+    decays: Callable = lambda name, p: p.ndim > 1           # does weight decay act on this parameter?
+    trains: Callable = lambda config, name: True            # is this parameter trained?
+    finish: Callable = lambda ema, images: None             # called with some images before the weights are written
+    preview: Callable | None = None            # (ema, first, images, labels, noise) -> pictures for the grid
+
+
+def distributed(device=None):
+    """(rank, world, device) of this process; joins torchrun's group where there is one. device: cpu, cuda, mps."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cpu" if device == "mps" and world > 1 else device
+    try:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=60))
+    return rank, world, device
+
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """Rank 0 runs the block before the others do (it downloads or creates, they find it)."""
+    wait = dist.is_initialized() and dist.get_world_size() > 1
+    if wait and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if wait and dist.get_rank() == 0:
+        dist.barrier()
+
+
+def gather(x):
+    """The tensors (b, ...) of all ranks, one after another, on every rank; equal shapes."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """Moves the averaged weights towards the model's, ema = decay * ema + (1 - decay) * model; copies buffers."""
+    torch._foreach_lerp_(list(ema.parameters()), [p.detach().float() for p in model.parameters()], 1 - decay)
+    for old, new in zip(ema.buffers(), model.buffers()):
+        old.copy_(new)
+
+
+@contextlib.contextmanager
+def atomic(path, keep=False):
+    """A binary file to write; it takes the place of `path` when the block ends well, and leaves no trace if not.
+
+    keep: what was there stays as <stem>.previous<suffix>.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        if keep and path.exists():
+            os.replace(path, path.with_suffix(".previous" + path.suffix))
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was there is"
+                        " untouched") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save(path, content, keep=False):
+    """Writes tensors, numbers, strings, lists and dicts, atomically."""
+    with atomic(path, keep) as f:
+        torch.save(content, f)
+
+
+def read(path, lazy=False):
+    """The content of a checkpoint: .pt, .pth, .ckpt, .bin, or .safetensors. Runs nothing that the file says.
+
+    lazy: tensors are mapped, not read. Raises UserError for a missing, damaged or unsafe file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise UserError(f"{path}: pip install safetensors, or give the file as .pt, .pth, .ckpt or .bin") from None
+        return load_file(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it holds code ({found[1]}), which is not run" if found else "not a file that torch.save wrote"
+        raise UserError(f"{path}: {reason}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def load_strict(module, state, path):
+    """Loads a state dict into the module; a missing, extra or misshapen entry is a UserError that names it."""
+    own = module.state_dict()
+    wrong = ([f"missing {k}" for k in own if k not in state] + [f"unknown {k}" for k in state if k not in own]
+             + [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own
+                if k in state and state[k].shape != own[k].shape])
+    if wrong:
+        raise UserError(f"{path} does not fit: {'; '.join(wrong[:5])}{f'; and {len(wrong) - 5} more' * (len(wrong) > 5)}")
+    module.load_state_dict(state)
+
+
+def fingerprint(module):
+    """Twelve hexadecimal digits that name the weights of a module, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def walk(module, *inputs, depth=2):
+    """Runs the module once and prints the shape that every part gives, in the order in which they run."""
+    def show(name):
+        def hook(part, args, output):
+            shape = " ".join(str(tuple(o.shape)) for o in (output if isinstance(output, tuple) else (output,))
+                             if isinstance(o, torch.Tensor))
+            print(f"  {name:32s} {type(part).__name__:18s} {shape}")
+        return hook
+
+    hooks = [part.register_forward_hook(show(name)) for name, part in module.named_modules()
+             if name and name.count(".") < depth and not isinstance(part, nn.ModuleList)]
+    output = module(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return output
+
+
+# --- 5  Pictures -----------------------------------------------------------------------------------------------------
+
+def to_float(images):
+    """uint8 0 .. 255 to float -1 .. 1."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Float -1 .. 1 (clipped) to uint8 0 .. 255, rounded."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_pil(image):
+    """uint8 (3, h, w) of an RGB picture."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def grid(images, columns, names=None, gap=2):
+    """One picture of uint8 images (n, 3, h, w), row by row; `names` stand to the left of their rows."""
+    n, _, h, w = images.shape
+    rows = math.ceil(n / columns)
+    font = ImageFont.load_default(max(10, min(h // 3, 24)))
+    left = max((int(font.getlength(name)) for name in names), default=0) + 8 if names else gap
+    sheet = Image.new("RGB", (left + columns * (w + gap), gap + rows * (h + gap)), "white")
+    for k, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        sheet.paste(Image.fromarray(image), (left + k % columns * (w + gap), gap + k // columns * (h + gap)))
+    for row, name in enumerate((names or [])[:rows]):
+        ImageDraw.Draw(sheet).text((4, gap + row * (h + gap) + h / 2), name, "black", font, anchor="lm")
+    return sheet
+
+
+def save_picture(path, picture):
+    """Writes a PNG (or what the suffix says), atomically."""
+    with atomic(path) as f:
+        picture.save(f, Image.registered_extensions().get(Path(path).suffix.lower(), "PNG"))
+
+
+def save_gif(path, frames, seconds=4.0, hold=1.5):
+    """Writes pictures as a looping GIF of `seconds`, whose last frame stays for `hold` seconds more."""
+    pace = int(1000 * seconds / len(frames))
+    with atomic(path) as f:
+        frames[0].save(f, "GIF", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[pace] * (len(frames) - 1) + [pace + int(1000 * hold)])
