@@ -86,6 +86,12 @@ def override(config, assignments):
     return config
 
 
+def rebuild(kind, values):
+    """The (nested) dataclass that dataclasses.asdict made these values of."""
+    nested = {f.name: type(f.default) for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.default)}
+    return kind(**{k: rebuild(nested[k], v) if k in nested else v for k, v in values.items()})
+
+
 # --- 1  KL-VAE -------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -256,6 +262,17 @@ class KLVAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.channels, 2 * config.channels, 1)
         self.post_quant_conv = nn.Conv2d(config.channels, config.channels, 1)
         self.register_buffer("scale", torch.tensor(float(config.scale or 1)))
+        self.initialise()
+
+    def initialise(self):
+        """Unit-gain convolutions, and every residual branch zero at first: worth 8 dB after 500 steps of `tiny`."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (ResBlock, SpatialAttention)):
+                nn.init.zeros_((module.conv2 if isinstance(module, ResBlock) else module.proj_out).weight)
 
     def encode(self, images):
         """Moments of the posterior: mean, then log-variance (not clamped)."""
@@ -314,7 +331,7 @@ def load_vae(path):
     holds one, else the published one for 16 (0.2325, TransDiff) or 4 channels (0.18215, Stable Diffusion).
     """
     content = read(path)
-    config = VAEConfig(**content["vae"]) if "vae" in content else None
+    config = VAEConfig(**content["config"]["vae"]) if content.get("stage") == "vae" else None
     state = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), content)
     return vae_from_state(state, config, path)
 
@@ -757,7 +774,7 @@ def cached(folder, data, size, first, views, workers=0):
     rows = Rows(Path(folder) / f"{data.name}-{size}-{digest}", (len(data.labels), *shape.shape), shape.dtype, about)
     todo = rows.todo(rank, world)
     loader = torch.utils.data.DataLoader(_Views(data, size, views), 64, sampler=todo, num_workers=workers)
-    bar = tqdm(total=len(todo), desc=f"caching {data.name}", unit="img", disable=rank > 0 or not todo)
+    bar = progress(len(todo), f"caching {data.name}", "img", rank)
     for indices, pictures in loader:                                     # (b,), (b, V, 3, h, w)
         encoded = first.encode(to_float(pictures.flatten(0, 1).to(device)))
         rows.write(indices.numpy(), encoded.unflatten(0, pictures.shape[:2]).cpu().numpy())
@@ -839,6 +856,7 @@ class Stage:
     name: str
     build: Callable                            # config -> module; module(batch, labels) -> {"loss": ..., parts}
     recipes: dict[str, Recipe]                 # by preset; a preset that is missing takes published weights
+    load: Callable | None = None               # path -> the frozen module; of stages whose published weights may be given
     config: Callable = lambda config: config   # what this stage changes in the preset's config
     first: str | None = None                   # the earlier, frozen stage whose codes it eats; None: it eats images
     codes: Callable | None = None              # (first, stored codes) -> the module's batch
@@ -976,6 +994,12 @@ def fingerprint(module):
     for name, tensor in module.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def progress(total, title, unit, rank=0, done=0):
+    """A progress bar on rank 0; a line every half minute where nobody watches."""
+    return tqdm(total=total, initial=done, desc=title, unit=unit, disable=rank > 0 or done >= total,
+                mininterval=0.2 if sys.stderr.isatty() else 30)
 
 
 def walk(module, *inputs, depth=2):

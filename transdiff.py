@@ -87,10 +87,10 @@ class Config:
         return self.latent_size // math.isqrt(self.block) if self.mrar else 1
 
 
-TINY_VAE = VAEConfig(channels=8, width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8, scale=0, kl_weight=1e-3)
+TINY_VAE = VAEConfig(channels=16, width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8, scale=0, kl_weight=1e-3)
 B = Config()
 PRESETS = {
-    "tiny": Config(image_size=32, classes=10, dim=128, heads=4, ar_depth=4, depth=4, class_tokens=16, features=64,
+    "tiny": Config(image_size=32, classes=10, dim=128, heads=4, ar_depth=2, depth=4, class_tokens=16, features=64, repeat=2,
                    dropout=0.0, mirror=False, vae=TINY_VAE, cfg=2.0, steps=25, drift_scale=1.0, noise_scale=1.0),
     "b": B,
     "l": dataclasses.replace(B, dim=1024, heads=16, ar_depth=32, depth=16, drift_scale=0.89, noise_scale=0.95),
@@ -428,6 +428,7 @@ class TransDiff(nn.Module):
             x = self.denoise(start, ts, keys_values, scales[r], noise, *options,
                              on_step and (lambda i, x0: on_step(r, i, self.latents(x0))))
             image = self.latents(x)
+        self.last_features = h[:B]                                                          # for `diversity`
         return image
 
     def latents(self, x):
@@ -511,9 +512,7 @@ def generate(model, vae, labels, noise, *, on_step=None, **options):
     """
     watch = on_step and (lambda r, i, x0: on_step(vae.decode(x0)))
     images = vae.decode(model.sample(labels, noise, on_step=watch, **options)).clamp(-1, 1)
-    with torch.no_grad():
-        alike = diversity(model.semantic(labels.unique(), [])).mean()
-    return images, {"feature_similarity": round(float(alike), 4)}
+    return images, {"feature_similarity": round(float(diversity(model.last_features).mean()), 4)}
 
 
 def reconstructions(vae, first, images, labels, noise):
@@ -542,12 +541,12 @@ def carry(name, old, shape):
 
 
 VAE = Stage("vae", build=lambda c: common.KLVAE(c.vae),
-            recipes={"tiny": Recipe(lr=2e-3, batch=32, epochs=1, warmup=0.03, decay=0.4, weight_decay=0.0, clip=1.0,
-                                    ema=0.99)},
+            recipes={"tiny": Recipe(lr=3e-3, batch=16, epochs=1, warmup=0.03, decay=0.4, betas=(0.9, 0.99),
+                                    weight_decay=0.0, clip=1.0, ema=0.99)},
             augment=lambda c: common.random_crop_mirror if c.mirror else common.random_crop,
-            finish=lambda vae, images: vae.calibrate(images), preview=reconstructions)
+            load=common.load_vae, finish=lambda vae, images: vae.calibrate(images), preview=reconstructions)
 AR1 = Stage("1step", build=TransDiff, first="vae", codes=lambda vae, moments: vae.sample(moments),
-            recipes={"tiny": Recipe(lr=1e-3, batch=64, epochs=2, warmup=0.03, decay=0.5, clip=1.0, ema=0.999),
+            recipes={"tiny": Recipe(lr=1e-3, batch=32, epochs=1, warmup=0.03, decay=0.5, clip=1.0, ema=0.999),
                      **dict.fromkeys("blh", Recipe(lr=8e-4, batch=2048, epochs=800, warmup=100 / 800)),
                      "l-512": Recipe(lr=1e-4, batch=2048, epochs=150, warmup=10 / 150, ema=0.999)},
             augment=VAE.augment, views=lambda c: common.centre_and_mirror if c.mirror else common.centre_only,
@@ -557,7 +556,7 @@ MRAR = dataclasses.replace(
     AR1, name="mrar", start="1step", group=lambda c: c.images,
     config=lambda c: dataclasses.replace(c, mrar=True, repeat=2, **dict(zip(
         ("cfg", "drift_scale", "noise_scale"), MRAR_SAMPLING.get(c.dim, (c.cfg, c.drift_scale, c.noise_scale))))),
-    recipes={"tiny": Recipe(lr=3e-4, batch=16, epochs=1, warmup=0.03, decay=0.5, clip=1.0, ema=0.999),
+    recipes={"tiny": Recipe(lr=3e-4, batch=8, epochs=1, warmup=0.03, decay=0.5, clip=1.0, ema=0.999),
              **dict.fromkeys("blh", Recipe(lr=5e-5, batch=2048, epochs=40, warmup=10 / 40))})
 STAGES = [VAE, AR1, MRAR]
 

@@ -1,0 +1,426 @@
+"""Trains any of the models, stage by stage: the loop, and only the loop.
+
+    python train.py --model transdiff                                    # drawn shapes, on a laptop
+    python train.py --model transdiff --data fashion-mnist
+    torchrun --nproc_per_node 8 train.py --model transdiff --size l --data /data/imagenet/train --vae kl16.ckpt
+
+A run lives in runs/<model>/<stage>/: config.json, model.pt (EMA weights, for sample.py), state.pt (to go on from),
+log.jsonl, samples/. The same command goes on where it stopped; finished stages are skipped. The models say what is
+trained and how in their STAGES; everything drawn at random follows from (seed, step, micro-batch), so the step number
+alone is enough to resume, bit for bit.
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import itertools
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+import common
+import transdiff
+from common import UserError
+
+MODELS = {"transdiff": transdiff}
+COLUMNS = 8  # pictures per class in the grids
+
+
+def arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", choices=MODELS, required=True)
+    add("--size", default="tiny", help="preset of the model file (default: tiny); b, l, ... are the papers'")
+    add("--stage", default="all", help="one stage, or all: each in order, finished ones skipped (default)")
+    add("--data", default="shapes", help="shapes, mnist, fashion-mnist, cifar10, or a FOLDER of class folders")
+    add("--data-root", default="data", help="where named data sets are, or are downloaded to")
+    add("--image-size", type=int, help="pixels (default: the preset's)")
+    add("--vae", metavar="FILE", help="a published KL-VAE, instead of training one")
+    add("--init", metavar="FILE", help="weights to start from: of another stage, another size, or a released file")
+    add("--out", help="where the run lives (default: runs/<model>)")
+    add("--fresh", action="store_true", help="begin anew where there is a run already")
+    add("--steps", type=int, help="optimizer steps per stage (default: from the recipe's epochs)")
+    add("--epochs", type=float, help="passes over the data per stage (default: the recipe's)")
+    add("--batch-size", type=int, help="samples per optimizer step over all ranks and micro-batches")
+    add("--accumulate", type=int, default=1, help="micro-batches per optimizer step and rank")
+    add("--lr", type=float, help="learning rate (default: the recipe's)")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on CUDA, else fp32")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, but not for tiny")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--workers", type=int, help="processes that load images (default: up to 4)")
+    add("--cache", metavar="DIR", help="where latents are cached (default: <out>/cache); off: encode on the fly")
+    add("--log-every", type=int, default=50, metavar="N", help="steps (default: 50)")
+    add("--save-every", type=int, default=500, metavar="N", help="steps (default: 500)")
+    add("--sample-every", type=int, default=1000, metavar="N", help="steps between sample grids (default: 1000)")
+    add("--tensorboard", action="store_true", help="also log to TensorBoard, if it is installed")
+    add("--seed", type=int, default=0)
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="override fields of the model's Config")
+    args = parser.parse_args()
+    for name in ("steps", "epochs", "batch_size", "accumulate", "lr", "log_every", "save_every", "sample_every"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} is more than 0, not {value}")
+    args.out = Path(args.out or f"runs/{args.model}")
+    return args
+
+
+def main():
+    """All asked-for stages, in order."""
+    args = arguments()
+    rank, world, device = common.distributed(args.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    model = MODELS[args.model]
+    names = [stage.name for stage in model.STAGES]
+    if args.size not in model.PRESETS:
+        raise UserError(f"--size {args.size}: {args.model} has {', '.join(model.PRESETS)}")
+    if args.stage not in (*names, "all"):
+        raise UserError(f"--stage {args.stage}: {args.model} has {', '.join(names)}, or all")
+    preset = model.PRESETS[args.size]
+    data = common.load_data(args.data, args.data_root, args.image_size or preset.image_size)
+    if rank == 0:
+        print(f"data {data.name}: {len(data.labels):,} images, {len(data.classes)} classes")
+    for stage in model.STAGES:
+        if args.stage not in ("all", stage.name) or getattr(args, stage.name, None):
+            continue  # not asked for, or its published weights are given (--vae)
+        if args.size not in stage.recipes:
+            if stage.load:
+                raise UserError(f"size {args.size} is trained with a published {stage.name}: give --{stage.name} FILE")
+            if args.stage == "all":
+                continue  # nothing was published of this stage at this size
+            raise UserError(f"there is no recipe for stage {stage.name} at size {args.size}")
+        try:
+            config = dataclasses.replace(preset, classes=len(data.classes),
+                                         image_size=args.image_size or preset.image_size)
+            config = common.override(stage.config(config), args.set)
+        except ValueError as error:
+            raise UserError(f"this configuration is impossible: {error}") from None
+        train(args, stage, config, data, rank, world, device)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def train(args, stage, config, data, rank, world, device):
+    """One stage, from its last saved state to its end."""
+    recipe = stage.recipes[args.size]
+    recipe = dataclasses.replace(recipe, lr=args.lr or recipe.lr, batch=args.batch_size or recipe.batch,
+                                 epochs=args.epochs or recipe.epochs)
+    micro, rest = divmod(recipe.batch, world * args.accumulate)
+    if rest:
+        raise UserError(f"a batch of {recipe.batch} does not divide into {world} ranks x {args.accumulate} micro-batches;"
+                        " change --batch-size or --accumulate")
+    group = stage.group(config)
+    order = common.Order(data.labels, micro, group, args.seed)
+    steps = args.steps or max(1, round(recipe.epochs * order.length / recipe.batch))
+    precision = args.precision or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
+    compiled = args.compile if args.compile is not None else device.type == "cuda" and args.size != "tiny"
+    workers = args.workers if args.workers is not None else min(4, os.cpu_count()) * (sys.platform == "linux")
+    folder = args.out / stage.name
+    if rank == 0 and args.fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+
+    # What is trained, on what, from where.
+    torch.manual_seed(args.seed)
+    module = stage.build(config).to(device)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and stage.trains(config, name))
+    ema = copy.deepcopy(module).float().eval().requires_grad_(False)
+    optimizer = adamw(module, stage, recipe, device)
+    with common.rank_zero_first():
+        step = resume(folder, module, ema, optimizer, config, device)
+    if step >= steps:
+        if rank == 0:
+            print(f"stage {stage.name}: {step} steps are done")
+        return
+    if not step:
+        begin(args, stage, config, module, rank)
+        ema.load_state_dict(module.state_dict())
+    first, first_path = frozen(args, stage, device)
+    if first and args.cache != "off":
+        views = stage.views(config)
+        source = common.Stored(common.cached(args.cache or args.out / "cache", data, config.image_size, first, views,
+                                             workers), data.labels, args.seed)
+        workers = 0
+    else:
+        source = common.Pictures(data, config.image_size, stage.augment(config), args.seed)
+    meta = {"family": args.model, "size": args.size, "stage": stage.name, "data": data.name, "classes": data.classes,
+            "first": first_path, "config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe),
+            "steps": steps, "seed": args.seed, "precision": precision, "torch": str(torch.__version__)}
+    if rank == 0:
+        with common.atomic(folder / "config.json") as f:
+            f.write(json.dumps(meta, indent=1).encode())
+        count = sum(p.numel() for p in module.parameters())
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        print(f"stage {stage.name}: {count:,} parameters, {trained:,} of them trained; {config.image_size} px; steps "
+              f"{step:,} to {steps:,} of {world} x {args.accumulate} x {micro} samples"
+              f"{f' of {group} images' * (group > 1)}; {device.type}, {precision}{', compiling' * compiled}; "
+              f"{memory(device):.2f} GB used")
+    log = Log(folder, step, args.tensorboard) if rank == 0 else None
+    if compiled:
+        module.compile()  # in place and before DDP: the names in state_dict stay as they are
+    wrapped = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False,
+                                                  gradient_as_bucket_view=True) if world > 1 else module
+    chunks = itertools.count(step * args.accumulate * world + rank, world)  # this rank's micro-batches, numbered globally
+    batches = iter(torch.utils.data.DataLoader(
+        source, batch_sampler=(order(k) for k in chunks), num_workers=workers, pin_memory=device.type == "cuda",
+        worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN)))
+    probe, labels, row_names = probes(data, config.image_size)
+
+    def checkpoint():
+        if rank == 0:
+            stage.finish(ema, probe["many"].to(device))
+            common.save(folder / "model.pt", {**meta, "step": step, "model": ema.state_dict()})
+            common.save(folder / "state.pt", {"step": step, "model": module.state_dict(), "ema": ema.state_dict(),
+                                              "optimizer": optimizer.state_dict(), "config": meta["config"]}, keep=True)
+
+    def grids():
+        if rank == 0:
+            stage.finish(ema, probe["many"].to(device))
+        mine = torch.arange(rank, len(labels) + -len(labels) % world, world) % len(labels)
+        noise = common.Noise.of(args.seed, mine.tolist(), device)
+        with torch.no_grad():
+            pictures = stage.preview(ema, first, probe["grid"][mine].to(device), labels[mine].to(device), noise)
+        per = len(pictures) // len(mine)  # 2 where a picture stands beside its reconstruction
+        pictures = common.gather(common.to_uint8(pictures)).unflatten(0, (world, -1, per)).transpose(0, 1).flatten(0, 2)
+        if rank == 0:
+            sheet = common.grid(pictures[:len(labels) * per].cpu(), COLUMNS * per, row_names)
+            common.save_picture(folder / f"samples/step_{step:06d}.png", sheet)
+
+    stop = Stop()
+    parts, skipped, in_a_row, waited, since = {}, 0, 0, 0.0, time.perf_counter()
+    bar = common.progress(steps, stage.name, "step", rank, step)
+    while step < steps:
+        rate = recipe.rate(step, steps)
+        for settings in optimizer.param_groups:
+            settings["lr"] = rate
+        sums = {}
+        for micro_step in range(args.accumulate):
+            begun = time.perf_counter()
+            batch, of_class = (x.to(device, non_blocking=True) for x in next(batches))
+            waited += time.perf_counter() - begun
+            reseed(args.seed, step, micro_step * world + rank)
+            batch = batch if batch.dtype != torch.uint8 else common.to_float(batch)
+            if first:
+                with torch.no_grad():
+                    stored = batch if args.cache != "off" else first.encode(batch.flatten(0, -4))
+                    batch = stage.codes(first, stored.flatten(0, -4)).unflatten(0, batch.shape[:-3])
+            last = micro_step == args.accumulate - 1
+            with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    out = wrapped(batch, of_class)
+                (out["loss"] / args.accumulate).backward()
+            for name, value in out.items():
+                sums[name] = sums.get(name, 0) + value.detach() / args.accumulate
+        norm = nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
+        finite = bool(torch.isfinite(norm + sums["loss"]))
+        halt, bad = anywhere(world, device, stop.asked, not finite)
+        if bad:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            if in_a_row == 10:
+                raise UserError(f"stage {stage.name}: loss or gradient was not finite ten times in a row, up to step {step};"
+                                f" {folder / 'state.pt'} holds the last good weights. Try a lower --lr")
+        else:
+            in_a_row = 0
+            optimizer.step()
+            common.update_ema(ema, module, min(recipe.ema, (1 + step) / (10 + step)))
+            for name, value in {**sums, "norm": norm}.items():
+                parts.setdefault(name, []).append(value)
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        bar.update()
+        if step % args.log_every == 0 or step == steps or halt:
+            line = {name: mean_over_ranks(torch.stack(values).mean(), world) for name, values in parts.items()}
+            done, took = args.log_every if step % args.log_every == 0 else step % args.log_every, \
+                time.perf_counter() - since
+            if rank == 0:
+                log(step=step, **line, lr=rate, skipped=skipped, images_per_s=done * recipe.batch * group / took,
+                    data_s=waited, memory_gb=memory(device))
+                bar.set_postfix_str(f"loss {line.get('loss', float('nan')):.4f}, "
+                                    f"{done * recipe.batch * group / took:.0f} images/s")
+            parts, waited, since = {}, 0.0, time.perf_counter()
+        if step % args.sample_every == 0 or step == steps:
+            grids()
+        if step % args.save_every == 0 or step == steps or halt:
+            checkpoint()
+        if halt and step < steps:
+            bar.close()
+            raise UserError(f"stopped at step {step} of stage {stage.name}; saved, the same command goes on from there")
+    bar.close()
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        print(f"stage {stage.name}: done, see {folder}/samples; weights in {folder / 'model.pt'}")
+
+
+def adamw(module, stage, recipe, device):
+    """AdamW in two groups: with weight decay and without."""
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for n, p in named if stage.decays(n, p) == decay],
+               "weight_decay": recipe.weight_decay * decay} for decay in (False, True)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=recipe.betas,
+                             fused=device.type in ("cpu", "cuda"))
+
+
+def resume(folder, module, ema, optimizer, config, device):
+    """Loads the newest state that is whole; its step, or 0 where there is none."""
+    for path in (folder / "state.pt", folder / "state.previous.pt"):
+        if not path.exists():
+            continue
+        try:
+            state = common.read(path)
+        except UserError as error:
+            print(f"{error}; trying the one before")
+            continue
+        saved, now = state["config"], dataclasses.asdict(config)
+        if saved != now:
+            differ = ", ".join(f"{k}: {saved.get(k)} -> {now.get(k)}" for k in now if saved.get(k) != now[k])
+            raise UserError(f"{folder} was begun with another configuration ({differ}); --fresh begins anew, --out"
+                            " names another place")
+        common.load_strict(module, state["model"], path)
+        common.load_strict(ema, state["ema"], path)
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+    return 0
+
+
+def begin(args, stage, config, module, rank):
+    """The weights a new run starts from: --init, else those of the stage before; says what was carried over."""
+    path = None
+    if stage.carry and args.init and (args.stage == stage.name or not stage.start):
+        path = Path(args.init)
+    elif stage.start:
+        path = args.out / stage.start / "model.pt"
+        if not path.exists():
+            raise UserError(f"stage {stage.name} goes on from {path}, which is not there: train it, or give --init FILE")
+    if path is None:
+        if not all(stage.trains(config, name) for name, _ in module.named_parameters()):
+            raise UserError(f"size {args.size} trains only a part of the model: give the rest with --init FILE")
+        return
+    content = common.read(path)
+    old = content["model"] if "stage" in content else MODELS[args.model].load_official(path).state_dict()
+    own, changed, fresh = module.state_dict(), [], []
+    for name, tensor in own.items():
+        if name in old and old[name].shape == tensor.shape:
+            own[name] = old[name]
+        elif name in old and (adapted := stage.carry(name, old[name], tensor.shape)) is not None:
+            own[name] = adapted
+            changed.append(f"{name} {tuple(old[name].shape)} -> {tuple(tensor.shape)}")
+        else:
+            fresh.append(name)
+    unused = [name for name in old if name not in own]
+    if len(fresh) > len(own) / 2:
+        raise UserError(f"--init {path}: fits {len(own) - len(fresh)} of {len(own)} tensors; is it another model or size?")
+    module.load_state_dict(own)
+    if rank == 0:
+        print(f"stage {stage.name} starts from {path}: {len(own) - len(fresh)} of {len(own)} tensors carried over; changed:"
+              f" {', '.join(changed) or 'none'}; begun afresh: {', '.join(fresh) or 'none'}; not used:"
+              f" {', '.join(unused) or 'none'}")
+
+
+def frozen(args, stage, device):
+    """The earlier stage whose codes this one eats, and where sample.py will find it (relative to this run)."""
+    if not stage.first:
+        return None, None
+    given = getattr(args, stage.first)
+    path = Path(given).resolve() if given else args.out / stage.first / "model.pt"
+    if not path.exists():
+        raise UserError(f"stage {stage.name} needs {path}, which is not there: train stage {stage.first}, or give"
+                        f" --{stage.first} FILE")
+    source = next(s for s in MODELS[args.model].STAGES if s.name == stage.first)
+    return source.load(path).to(device), str(path) if given else f"../{stage.first}/model.pt"
+
+
+def probes(data, size):
+    """A few images: of up to ten classes a row for the grids, and many to calibrate on; labels and names of the rows."""
+    def load(indices):
+        return common.to_float(torch.stack([common.from_pil(common.centre_crop(data.read(int(i)), size))
+                                            for i in indices]))
+
+    shown = np.unique(np.linspace(0, len(data.classes) - 1, 10).round().astype(int))
+    rows = [np.resize(np.flatnonzero(data.labels == c)[:COLUMNS], COLUMNS) for c in shown]
+    many = np.linspace(0, len(data.labels) - 1, min(256, len(data.labels))).round().astype(int)
+    return ({"grid": load(np.concatenate(rows)), "many": load(many)}, torch.from_numpy(np.repeat(shown, COLUMNS)),
+            [data.classes[c] for c in shown])
+
+
+def reseed(*numbers):
+    """Makes what is drawn next a function of these numbers alone."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+def anywhere(world, device, *flags):
+    """Each flag, raised if it is raised on any rank."""
+    if world == 1:
+        return flags
+    flags = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.bool().tolist()
+
+
+def mean_over_ranks(value, world):
+    """A scalar tensor's mean over all ranks."""
+    value = value.clone()
+    if world > 1:
+        dist.all_reduce(value)
+    return float(value) / world
+
+
+def memory(device):
+    """Peak memory of this process in GB: of the device on CUDA, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class Stop:
+    """Notes SIGTERM and SIGINT, so that the loop ends after the step; a second SIGINT ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        """The signal handler."""
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Log:
+    """log.jsonl, a line per call; a run that goes on drops the lines of steps it repeats."""
+
+    def __init__(self, folder, step, tensorboard):
+        self.path = folder / "log.jsonl"
+        kept = self.path.read_text().splitlines() if step and self.path.exists() else []
+        with common.atomic(self.path) as f:
+            f.write("".join(line + "\n" for line in kept if json.loads(line)["step"] <= step).encode())
+        self.board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard: pip install tensorboard") from None
+            self.board = SummaryWriter(folder)
+
+    def __call__(self, **values):
+        values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        with open(self.path, "a") as f:
+            f.write(json.dumps(values) + "\n")
+        for name, value in values.items():
+            if self.board:
+                self.board.add_scalar(name, value, values["step"])
+
+
+if __name__ == "__main__":
+    common.command(main)
