@@ -949,10 +949,10 @@ def save(path, content, keep=False):
         torch.save(content, f)
 
 
-def read(path, lazy=False):
+def read(path):
     """The content of a checkpoint: .pt, .pth, .ckpt, .bin, or .safetensors. Runs nothing that the file says.
 
-    lazy: tensors are mapped, not read. Raises UserError for a missing, damaged or unsafe file.
+    Raises UserError for a missing, damaged or unsafe file.
     """
     path = Path(path)
     if not path.is_file():
@@ -965,13 +965,13 @@ def read(path, lazy=False):
         return load_file(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it holds code ({found[1]}), which is not run" if found else "not a file that torch.save wrote"
         raise UserError(f"{path}: {reason}") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is damaged: {(str(error) or 'it is empty').splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content

@@ -5,7 +5,7 @@
     python sample.py --model transdiff --out denoising.gif
     python sample.py --model transdiff --fuse star,heart --out fused.png
     python sample.py --model transdiff --ckpt TransDiff-L.pth --vae kl16.ckpt --classes 207,360
-    torchrun --nproc_per_node 8 sample.py --model transdiff --n 50000 --out samples.npz
+    torchrun --nproc_per_node 8 -- sample.py --model transdiff --n 50000 --out samples.npz
 
 Image k of a seed is the same image whatever the batch size or the number of GPUs. An interrupted .npz or folder goes
 on where it was. What was sampled, and how, is written to a meta.json beside it.

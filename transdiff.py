@@ -517,7 +517,9 @@ def generate(model, vae, labels, noise, *, on_step=None, **options):
 
 def reconstructions(vae, first, images, labels, noise):
     """Images and what the VAE makes of them, in turn."""
-    return torch.stack([images, vae.decode(vae.sample(vae.encode(images)))], 1).flatten(0, 1)
+    moments = vae.encode(images)                                                            # (B, 2z, h, w)
+    latents = vae.sample(moments, noise.normal(moments[0].chunk(2)[0].shape))
+    return torch.stack([images, vae.decode(latents)], 1).flatten(0, 1)
 
 
 def decays(name, parameter):
