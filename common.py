@@ -16,7 +16,6 @@ import datetime
 import functools
 import gzip
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -92,7 +91,7 @@ def rebuild(kind, values):
     return kind(**{k: rebuild(nested[k], v) if k in nested else v for k, v in values.items()})
 
 
-# --- 1  KL-VAE -------------------------------------------------------------------------------------------------------
+# --- 1  KL-VAE --------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -149,26 +148,16 @@ class SpatialAttention(nn.Module):
         return x + self.proj_out(h)
 
 
-class Down(nn.Module):
-    """Halves the side: zeros on the right and at the bottom only, then a 3x3 convolution of stride 2."""
+class Resample(nn.Module):
+    """Half the side: zeros on the right and at the bottom only, then a 3x3 convolution of stride 2.
+    Twice the side: nearest neighbour, then a 3x3 convolution."""
 
-    def __init__(self, c):
+    def __init__(self, c, up):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
+        self.up, self.conv = up, nn.Conv2d(c, c, 3, stride=1 if up else 2, padding=1 if up else 0)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Up(nn.Module):
-    """Doubles the side: nearest neighbour, then a 3x3 convolution."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
 
 
 class Level(nn.Module):
@@ -202,10 +191,9 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
-            level = Level(widths[max(i - 1, 0)] if i else config.width, width, config.blocks, i in config.attention,
-                          config.groups)
+            level = Level([config.width, *widths][i], width, config.blocks, i in config.attention, config.groups)
             if i < last:
-                level.downsample = Down(width)
+                level.downsample = Resample(width, up=False)
             self.down.append(level)
         self.mid = middle(widths[-1], config.groups)
         self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
@@ -233,7 +221,7 @@ class Decoder(nn.Module):
             level = Level(widths[min(i + 1, last)], width, config.blocks + 1, i in config.decoder_attention,
                           config.groups)
             if i > 0:
-                level.upsample = Up(width)
+                level.upsample = Resample(width, up=True)
             self.up.append(level)
         self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
@@ -364,7 +352,7 @@ def vae_from_state(state, config=None, path="the VAE"):
     return vae.eval().requires_grad_(False)
 
 
-# --- 2  Data ---------------------------------------------------------------------------------------------------------
+# --- 2  Data ----------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Data:
@@ -410,7 +398,7 @@ def load_data(name, root="data", size=32, split="train"):
         images, labels = (read_idx(download(source, Path(root, name, f), digest)) for f, digest in files.items()
                           if f.startswith("train" if split == "train" else "t10k"))
         if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max(initial=0) >= len(classes):
-            raise UserError(f"{Path(root, name)}: images {images.shape} and labels {labels.shape} do not belong together")
+            raise UserError(f"{Path(root, name)}: images {images.shape} and labels {labels.shape} do not match")
     elif name == "cifar10":
         source, file, digest = CIFAR10_FILE
         images, labels = read_cifar10(download(source, Path(root, name, file), digest), split)
@@ -496,25 +484,22 @@ def load_folder(path, size):
     broken = set()
 
     def read_picture(i):
-        def next_of_class():  # takes the place of a broken file
-            same = np.flatnonzero(labels == labels[i])
-            return np.roll(same, -np.searchsorted(same, i))[1:]
-
-        for j in itertools.chain([i], (j for _ in [0] for j in next_of_class())):
-            if j in broken:
-                continue
-            file = path / os.fsdecode(names[j])
-            try:
-                with Image.open(file) as image:
-                    image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at the smallest scale that is still larger
-                    return rgb(image)
-            except UNREADABLE as error:
-                broken.add(j)
+        file = path / os.fsdecode(names[i])
+        try:
+            with Image.open(file) as image:
+                image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at the smallest scale that is still larger
+                return rgb(image)
+        except UNREADABLE as error:
+            if i not in broken:
+                broken.add(i)
                 tqdm.write(f"skipped broken file {file} ({len(broken)} so far): {error}")
-        raise UserError(f"{path / classes[labels[i]]}: no readable picture in this class")
+        others = [j for j in np.flatnonzero(labels == labels[i]) if j not in broken]
+        if not others:
+            raise UserError(f"{path / classes[labels[i]]}: no readable picture in this class")
+        return read_picture(others[i % len(others)])  # another one of its class takes its place
 
-    stamp = [f"{n}:{os.path.getsize(path / os.fsdecode(n))}" for n in names]
-    return Data(path.resolve().name, labels, classes, read_picture, hashlib.sha256(str(stamp).encode()).hexdigest()[:12])
+    stamp = str([(n, os.path.getsize(path / os.fsdecode(n))) for n in names]).encode()
+    return Data(path.resolve().name, labels, classes, read_picture, hashlib.sha256(stamp).hexdigest()[:12])
 
 
 def rgb(image):
@@ -793,7 +778,7 @@ class _Views(torch.utils.data.Dataset):
         return i, torch.stack([from_pil(view) for view in self.views(self.data.read(i), self.size)])
 
 
-# --- 3  Randomness ---------------------------------------------------------------------------------------------------
+# --- 3  Randomness ----------------------------------------------------------------------------------------------------
 
 class Noise:
     """One random stream per image, so that an image does not depend on its batch, neighbours or number of GPUs.
@@ -827,7 +812,7 @@ def guidance_scales(cfg, steps):
     return [float(g) for g in np.linspace(*cfg, steps)] if isinstance(cfg, tuple) else [float(cfg)] * steps
 
 
-# --- 4  Training state -----------------------------------------------------------------------------------------------
+# --- 4  Training state ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Recipe:
@@ -856,7 +841,7 @@ class Stage:
     name: str
     build: Callable                            # config -> module; module(batch, labels) -> {"loss": ..., parts}
     recipes: dict[str, Recipe]                 # by preset; a preset that is missing takes published weights
-    load: Callable | None = None               # path -> the frozen module; of stages whose published weights may be given
+    load: Callable | None = None               # path -> the frozen module, where published weights may be given
     config: Callable = lambda config: config   # what this stage changes in the preset's config
     first: str | None = None                   # the earlier, frozen stage whose codes it eats; None: it eats images
     codes: Callable | None = None              # (first, stored codes) -> the module's batch
@@ -984,7 +969,8 @@ def load_strict(module, state, path):
              + [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own
                 if k in state and state[k].shape != own[k].shape])
     if wrong:
-        raise UserError(f"{path} does not fit: {'; '.join(wrong[:5])}{f'; and {len(wrong) - 5} more' * (len(wrong) > 5)}")
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(f"{path} does not fit: {'; '.join(wrong[:5])}{more}")
     module.load_state_dict(state)
 
 
@@ -992,7 +978,7 @@ def fingerprint(module):
     """Twelve hexadecimal digits that name the weights of a module, whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -1019,7 +1005,7 @@ def walk(module, *inputs, depth=2):
     return output
 
 
-# --- 5  Pictures -----------------------------------------------------------------------------------------------------
+# --- 5  Pictures ------------------------------------------------------------------------------------------------------
 
 def to_float(images):
     """uint8 0 .. 255 to float -1 .. 1."""

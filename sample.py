@@ -151,7 +151,7 @@ def main():
         classes = class_ids(args.classes, names, config.classes)
     else:
         few = kind in (".png", ".gif") and config.classes > 10
-        classes = np.linspace(0, config.classes - 1, 10).round().astype(int).tolist() if few else [*range(config.classes)]
+        classes = np.linspace(0, config.classes - 1, 10 if few else config.classes).round().astype(int).tolist()
     n = args.n or 8 * len(classes)
     labels = torch.tensor([classes[i * len(classes) // n] for i in range(n)])
     precision = args.precision or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
@@ -212,10 +212,9 @@ def write(out, kind, rows, labels, names, classes):
         for k, image in enumerate(rows[:, -1]):
             common.save_picture(out / f"{k:06d}_class{int(labels[k])}.png", common.Image.fromarray(image))
     else:
-        whole = n % classes == 0  # then every row is a class
-        columns = n // classes if whole and n // classes <= 32 else math.ceil(math.sqrt(n))
-        shown = [names[i] if names else str(i) for i in labels[::columns].tolist()] if columns == n // classes and whole \
-            else None
+        by_class = n % classes == 0 and n // classes <= 32  # then every row is a class
+        columns = n // classes if by_class else math.ceil(math.sqrt(n))
+        shown = [names[i] if names else str(i) for i in labels[::columns].tolist()] if by_class else None
         sheets = [common.grid(torch.from_numpy(np.array(rows[:, f])).permute(0, 3, 1, 2), columns, shown)
                   for f in range(rows.shape[1])]
         common.save_gif(out, sheets) if kind == ".gif" else common.save_picture(out, sheets[0])

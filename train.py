@@ -95,7 +95,8 @@ def main():
             continue  # not asked for, or its published weights are given (--vae)
         if args.size not in stage.recipes:
             if stage.load:
-                raise UserError(f"size {args.size} is trained with a published {stage.name}: give --{stage.name} FILE")
+                raise UserError(f"size {args.size} is trained with a published {stage.name}: give"
+                                f" --{stage.name} FILE")
             if args.stage == "all":
                 continue  # nothing was published of this stage at this size
             raise UserError(f"there is no recipe for stage {stage.name} at size {args.size}")
@@ -117,8 +118,8 @@ def train(args, stage, config, data, rank, world, device):
                                  epochs=args.epochs or recipe.epochs)
     micro, rest = divmod(recipe.batch, world * args.accumulate)
     if rest:
-        raise UserError(f"a batch of {recipe.batch} does not divide into {world} ranks x {args.accumulate} micro-batches;"
-                        " change --batch-size or --accumulate")
+        raise UserError(f"a batch of {recipe.batch} does not divide into {world} ranks x {args.accumulate}"
+                        " micro-batches: change --batch-size or --accumulate")
     group = stage.group(config)
     order = common.Order(data.labels, micro, group, args.seed)
     steps = args.steps or max(1, round(recipe.epochs * order.length / recipe.batch))
@@ -170,7 +171,7 @@ def train(args, stage, config, data, rank, world, device):
         module.compile()  # in place and before DDP: the names in state_dict stay as they are
     wrapped = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False,
                                                   gradient_as_bucket_view=True) if world > 1 else module
-    chunks = itertools.count(step * args.accumulate * world + rank, world)  # this rank's micro-batches, numbered globally
+    chunks = itertools.count(step * args.accumulate * world + rank, world)  # this rank's micro-batches of the whole run
     batches = iter(torch.utils.data.DataLoader(
         source, batch_sampler=(order(k) for k in chunks), num_workers=workers, pin_memory=device.type == "cuda",
         worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN)))
@@ -227,8 +228,8 @@ def train(args, stage, config, data, rank, world, device):
         if bad:
             skipped, in_a_row = skipped + 1, in_a_row + 1
             if in_a_row == 10:
-                raise UserError(f"stage {stage.name}: loss or gradient was not finite ten times in a row, up to step {step};"
-                                f" {folder / 'state.pt'} holds the last good weights. Try a lower --lr")
+                raise UserError(f"stage {stage.name}: loss or gradient not finite ten times in a row, up to step {step}"
+                                f"; {folder / 'state.pt'} holds the last good weights. Try a lower --lr")
         else:
             in_a_row = 0
             optimizer.step()
@@ -301,7 +302,7 @@ def begin(args, stage, config, module, rank):
     elif stage.start:
         path = args.out / stage.start / "model.pt"
         if not path.exists():
-            raise UserError(f"stage {stage.name} goes on from {path}, which is not there: train it, or give --init FILE")
+            raise UserError(f"stage {stage.name} goes on from {path}, which is not there: train that, or give --init")
     if path is None:
         if not all(stage.trains(config, name) for name, _ in module.named_parameters()):
             raise UserError(f"size {args.size} trains only a part of the model: give the rest with --init FILE")
@@ -319,11 +320,11 @@ def begin(args, stage, config, module, rank):
             fresh.append(name)
     unused = [name for name in old if name not in own]
     if len(fresh) > len(own) / 2:
-        raise UserError(f"--init {path}: fits {len(own) - len(fresh)} of {len(own)} tensors; is it another model or size?")
+        raise UserError(f"--init {path}: fits {len(own) - len(fresh)} of {len(own)} tensors: another model or size?")
     module.load_state_dict(own)
     if rank == 0:
-        print(f"stage {stage.name} starts from {path}: {len(own) - len(fresh)} of {len(own)} tensors carried over; changed:"
-              f" {', '.join(changed) or 'none'}; begun afresh: {', '.join(fresh) or 'none'}; not used:"
+        print(f"stage {stage.name} starts from {path}: {len(own) - len(fresh)} of {len(own)} tensors carried over;"
+              f" changed: {', '.join(changed) or 'none'}; begun afresh: {', '.join(fresh) or 'none'}; not used:"
               f" {', '.join(unused) or 'none'}")
 
 
@@ -341,7 +342,7 @@ def frozen(args, stage, device):
 
 
 def probes(data, size):
-    """A few images: of up to ten classes a row for the grids, and many to calibrate on; labels and names of the rows."""
+    """Images: for the grids a row of each of up to ten classes, and many to calibrate on; labels and names of rows."""
     def load(indices):
         return common.to_float(torch.stack([common.from_pil(common.centre_crop(data.read(int(i)), size))
                                             for i in indices]))

@@ -90,8 +90,9 @@ class Config:
 TINY_VAE = VAEConfig(channels=16, width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8, scale=0, kl_weight=1e-3)
 B = Config()
 PRESETS = {
-    "tiny": Config(image_size=32, classes=10, dim=128, heads=4, ar_depth=2, depth=4, class_tokens=16, features=64, repeat=2,
-                   dropout=0.0, mirror=False, vae=TINY_VAE, cfg=2.0, steps=25, drift_scale=1.0, noise_scale=1.0),
+    "tiny": Config(image_size=32, classes=10, dim=128, heads=4, ar_depth=2, depth=4, class_tokens=16, features=64,
+                   repeat=2, dropout=0.0, mirror=False, vae=TINY_VAE, cfg=2.0, steps=25, drift_scale=1.0,
+                   noise_scale=1.0),
     "b": B,
     "l": dataclasses.replace(B, dim=1024, heads=16, ar_depth=32, depth=16, drift_scale=0.89, noise_scale=0.95),
     "h": dataclasses.replace(B, dim=1280, heads=16, ar_depth=40, depth=20, cfg=1.23, noise_scale=0.93),
@@ -101,7 +102,7 @@ PUBLISHED = {"b": "290M", "l": "683M", "h": "1.3B", "l-512": "683M"}
 MRAR_SAMPLING = {768: (1.3, 0.87, 0.91), 1024: (1.3, 0.925, 0.95), 1280: (1.28, 0.87, 0.91)}  # cfg, s1, s2 by width
 
 
-# --- Layers ----------------------------------------------------------------------------------------------------------
+# --- Layers -----------------------------------------------------------------------------------------------------------
 
 class MLP(nn.Sequential):
     """D -> 4D -> D with exact GELU."""
@@ -152,7 +153,7 @@ class CrossAttention(nn.Module):
         return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
-# --- The AR transformer: class (and references) to semantic features ---------------------------------------------------
+# --- The AR transformer: class (and references) to semantic features --------------------------------------------------
 
 class ARBlock(nn.Module):
     """Pre-norm transformer block."""
@@ -187,7 +188,7 @@ class ARTransformer(nn.Module):
         self.norm_in = nn.LayerNorm(D, eps=1e-6)
         self.blocks = nn.ModuleList(ARBlock(D, c.heads, c.dropout) for _ in range(c.ar_depth))
         self.norm_out = nn.LayerNorm(D, eps=1e-6)
-        self.feature_pos = nn.Parameter(torch.empty(1, c.features, D))                     # added behind, for the decoder
+        self.feature_pos = nn.Parameter(torch.empty(1, c.features, D))                     # for the decoder
         if not c.mrar:
             self.ref_proj.requires_grad_(False)  # part of the published 1-step weights, but never used there
 
@@ -240,7 +241,7 @@ def diversity_term(h):
     return F.normalize(h.float(), dim=-1).mean(1).square().sum(-1).mean()
 
 
-# --- The diffusion decoder: noise and features to a latent -------------------------------------------------------------
+# --- The diffusion decoder: noise and features to a latent ------------------------------------------------------------
 
 class DecoderBlock(nn.Module):
     """Self-attention and MLP modulated by time (AdaLN), with cross-attention to the condition between them."""
@@ -302,7 +303,7 @@ class Decoder(nn.Module):
         return self.output(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift).float()
 
 
-# --- The whole model ---------------------------------------------------------------------------------------------------
+# --- The whole model --------------------------------------------------------------------------------------------------
 
 class TransDiff(nn.Module):
     """AR transformer and diffusion decoder, trained together."""
@@ -412,11 +413,11 @@ class TransDiff(nn.Module):
         keep = torch.arange(c.features, device=labels.device)
         keep = keep[(keep * (features or c.features)) % c.features < (features or c.features)]
 
-        start = noise.normal((c.latent_size**2, c.vae.channels))                            # one for all rounds
+        start, image = noise.normal((c.latent_size**2, c.vae.channels)), None               # one start for all rounds
         for r in range(rounds):
             if r > 0:                                                                       # one more block, cached
-                x = h[:, -c.block:] if c.feed == "features" else self.ar.reference(image).repeat(len(sets), 1, 1)
-                new, past = self.ar(x, past)
+                reference = h[:, -c.block:] if c.feed == "features" else self.ar.reference(image)
+                new, past = self.ar(reference.repeat(len(h) // len(reference), 1, 1), past)
                 h = torch.cat([h, new], 1)
             if c.feed == "features" and r < rounds - 1:
                 continue                                                                    # Alg. 2 decodes once
@@ -503,7 +504,7 @@ def time_grid(steps, solver, device=None):
     return torch.cat([torch.linspace(1, 0.04, steps), torch.zeros(1)]).to(device)
 
 
-# --- Stages: what is trained, in order, and how --------------------------------------------------------------------------
+# --- Stages: what is trained, in order, and how -----------------------------------------------------------------------
 
 def generate(model, vae, labels, noise, *, on_step=None, **options):
     """Images (B, 3, h, w) in -1 .. 1 and a dict of facts about them. options: see TransDiff.sample.
@@ -563,7 +564,7 @@ MRAR = dataclasses.replace(
 STAGES = [VAE, AR1, MRAR]
 
 
-# --- Released checkpoints ------------------------------------------------------------------------------------------------
+# --- Released checkpoints ---------------------------------------------------------------------------------------------
 
 RELEASED = [  # released name -> ours
     (r"^fake_latent", "ar.null"), (r"^mask_token", "ar.mask"), (r"^encoder_pos_embed_learned", "ar.pos"),

@@ -83,7 +83,7 @@ def equal_tensors(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-# --- Training --------------------------------------------------------------------------------------------------------
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 def test_a_run_leaves_what_the_readme_says(trained):
     for stage in ("vae", "1step", "mrar"):
@@ -141,14 +141,14 @@ def test_killed_runs_end_bit_equal(pictures, tmp_path):
     for stage in ("vae", "1step", "mrar"):
         whole, killed = (common.read(tmp_path / name / stage / "state.pt") for name in ("whole", "killed"))
         assert equal_tensors(whole, killed), stage
-        lines = [[(line["step"], line["loss"]) for line in log_of(tmp_path / name / stage)] for name in ("whole", "killed")]
-        assert lines[0] == lines[1]
+        whole, killed = (log_of(tmp_path / name / stage) for name in ("whole", "killed"))
+        assert [(line["step"], line["loss"]) for line in whole] == [(line["step"], line["loss"]) for line in killed]
 
 
 def test_sigterm_saves(pictures, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "--model", "transdiff", "--data", str(pictures), "--out", str(tmp_path),
-         "--steps", "100000", "--stage", "vae", *SMALL], env=ENV, stderr=subprocess.PIPE, text=True)
+        [sys.executable, str(ROOT / "train.py"), "--model", "transdiff", "--data", str(pictures), "--out",
+         str(tmp_path), "--steps", "100000", "--stage", "vae", *SMALL], env=ENV, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "vae" / "log.jsonl"
     for _ in range(600):
         if log.exists() and log.read_text().count("\n") > 3:
@@ -196,10 +196,10 @@ def test_two_agents_on_loopback(pictures, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend",
-               "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "x", "--local_addr", "127.0.0.1",
-               str(ROOT / "train.py"), "--model", "transdiff", "--data", str(pictures), "--out", str(tmp_path), "--steps",
-               "2", "--stage", "vae", *SMALL]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "x", "--local_addr",
+               "127.0.0.1", str(ROOT / "train.py"), "--model", "transdiff", "--data", str(pictures), "--out",
+               str(tmp_path), "--steps", "2", "--stage", "vae", *SMALL]
     agents = [subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
               for _ in range(2)]
     said = [agent.communicate(timeout=240)[0] for agent in agents]
@@ -268,11 +268,12 @@ def test_latents_on_the_fly(trained, in_process, pictures, tmp_path):
 
 @pytest.mark.parametrize("arguments,words", [
     (["--size", "xxl"], "tiny, b, l, h"), (["--stage", "gan"], "vae, 1step, mrar"), (["--size", "b"], "--vae FILE"),
-    (["--data", "/nowhere"], "no such folder"), (["--batch-size", "0"], "more than 0"), (["--set", "dim=x"], "dim is a int"),
-    (["--set", "depths=2"], "no such field"), (["--set", "dim=30"], "not divisible by 4 heads"),
-    (["--image-size", "30"], "not divisible"), (["--accumulate", "5"], "does not divide"),
-    (["--stage", "mrar", "--vae", "x.pt"], "goes on from"), (["--vae", "x.pt"], "x.pt, which is not there"),
-    (["--device", "tpu"], "--device tpu"), (["--init", "x.pt", "--vae", "x.pt"], "no such file"), (["--lr", "-1"], "more than")])
+    (["--data", "/nowhere"], "no such folder"), (["--batch-size", "0"], "more than 0"), (["--lr", "-1"], "more than"),
+    (["--set", "dim=x"], "dim is a int"), (["--set", "depths=2"], "no such field"),
+    (["--set", "dim=30"], "not divisible by 4 heads"), (["--image-size", "30"], "not divisible"),
+    (["--accumulate", "5"], "does not divide"), (["--stage", "mrar", "--vae", "x.pt"], "goes on from"),
+    (["--vae", "x.pt"], "x.pt, which is not there"), (["--device", "tpu"], "--device tpu"),
+    (["--init", "x.pt", "--vae", "x.pt"], "no such file")])
 def test_mistakes_in_training_are_one_line(in_process, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((common.UserError, SystemExit)) as caught:
@@ -289,7 +290,7 @@ def test_a_mistake_ends_with_code_two(tmp_path):
     assert "no trained stage in runs/transdiff: python train.py --model transdiff makes one" in said
 
 
-# --- Sampling --------------------------------------------------------------------------------------------------------
+# --- Sampling ---------------------------------------------------------------------------------------------------------
 
 def arrays(path):
     with np.load(path, allow_pickle=False) as content:
@@ -334,8 +335,8 @@ def test_every_kind_of_output(trained, in_process, tmp_path):
 def test_an_interrupted_set_goes_on(trained, in_process, tmp_path, monkeypatch):
     """What is there is not sampled again; other settings are refused; the end is the same."""
     def draw(*arguments):
-        in_process(sample, "--model", "transdiff", "--run", trained, "--device", "cpu", "--n", 6, "--batch-size", 2, "--out",
-                   tmp_path / "x.npz", *arguments)
+        in_process(sample, "--model", "transdiff", "--run", trained, "--device", "cpu", "--n", 6, "--batch-size", 2,
+                   "--out", tmp_path / "x.npz", *arguments)
 
     generate, calls = transdiff.generate, []
 
@@ -360,8 +361,9 @@ def test_an_interrupted_set_goes_on(trained, in_process, tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments,words", [
     (["--classes", "moon"], "circle, star, triangle"), (["--classes", "3"], "ids 0 to 2"), (["--n", "0"], "1 or more"),
     (["--out", "x.bmp"], ".png, .gif or .npz"), (["--rounds", "5"], "trained for 4 rounds"),
-    (["--features", "99"], "16 features"), (["--fuse", "star"], "two classes"), (["--solver", "magic"], "maruyama or euler"),
-    (["--ckpt", "x.pth"], "no such file"), (["--cfg", "high"], "--cfg"), (["--run", "elsewhere"], "no trained stage"),
+    (["--features", "99"], "16 features"), (["--fuse", "star"], "two classes"),
+    (["--solver", "magic"], "maruyama or euler"), (["--ckpt", "x.pth"], "no such file"),
+    (["--cfg", "high"], "--cfg"), (["--run", "elsewhere"], "no trained stage"),
     (["--vae", "none.pt"], "no such file")])
 def test_mistakes_in_sampling_are_one_line(trained, in_process, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
@@ -373,7 +375,7 @@ def test_mistakes_in_sampling_are_one_line(trained, in_process, tmp_path, monkey
     assert not list(tmp_path.glob("samples*.png"))
 
 
-# --- The house -------------------------------------------------------------------------------------------------------
+# --- The house --------------------------------------------------------------------------------------------------------
 
 def test_only_the_named_packages_are_imported():
     """Nothing beyond torch, NumPy, SciPy, Pillow and tqdm at import; no model file imports another."""

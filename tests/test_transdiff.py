@@ -31,7 +31,7 @@ def assert_same(a, b, tolerance=1e-5):
     assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-# --- Samplers against closed forms -------------------------------------------------------------------------------------
+# --- Samplers against closed forms ------------------------------------------------------------------------------------
 
 class Exact(torch.nn.Module):
     """Stands in for the decoder: a velocity v(x, t) in closed form, times handed through as the modulation."""
@@ -100,7 +100,7 @@ def test_one_maruyama_step_has_the_two_scales():
     torch.testing.assert_close(out, torch.full_like(out, first - 0.5 * first))
 
 
-# --- Fast ways against plain ones ---------------------------------------------------------------------------------------
+# --- Fast ways against plain ones -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mrar", [False, True])
 def test_fast_sampling_is_plain_sampling(mrar):
@@ -179,7 +179,7 @@ def test_gradients_of_micro_batches_are_those_of_the_large_batch():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-# --- What the options mean ----------------------------------------------------------------------------------------------
+# --- What the options mean --------------------------------------------------------------------------------------------
 
 def test_guidance_one_is_off_and_zero_is_unconditional():
     model, labels = small(), torch.tensor([1, 2])
@@ -264,7 +264,8 @@ def test_training_times():
 def test_diversity():
     """Eq. 15 as a mean: 0 for orthogonal features, 1 for equal or opposite ones; the training term is signed."""
     eye = torch.eye(8)[None]
-    torch.testing.assert_close(transdiff.diversity(torch.cat([eye, 5 * torch.ones_like(eye)])), torch.tensor([0.0, 1.0]))
+    both = torch.cat([eye, 5 * torch.ones_like(eye)])
+    torch.testing.assert_close(transdiff.diversity(both), torch.tensor([0.0, 1.0]))
     opposite = torch.tensor([[[1.0, 0], [-2.0, 0]]])
     assert transdiff.diversity(opposite) == 1 and transdiff.diversity_term(opposite) == 0
     a = F.normalize(torch.randn(2, 8, 6), dim=-1)
@@ -278,11 +279,12 @@ def test_impossible_configurations_say_why():
             dataclasses.replace(SMALL, **change)
 
 
-# --- Weights from elsewhere ----------------------------------------------------------------------------------------------
+# --- Weights from elsewhere -------------------------------------------------------------------------------------------
 
 def released_state(model):
     """Our weights under the released names: the renaming, turned round by trial."""
-    names = ["fake_latent", "mask_token", "encoder_pos_embed_learned", "diffusion_pos_embed_learned", "class_emb.weight"]
+    names = ["fake_latent", "mask_token", "encoder_pos_embed_learned", "diffusion_pos_embed_learned"]
+    names += ["class_emb.weight"]
     names += [f"{n}.{w}" for n in ("z_proj", "z_proj_ln", "encoder_norm") for w in ("weight", "bias")]
     names += [f"encoder_blocks.{i}.{n}.{w}" for i in range(model.config.ar_depth) for w in ("weight", "bias")
               for n in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
@@ -360,7 +362,7 @@ def test_published_sizes():
 
 
 def test_the_comparer_names_the_layer():
-    a, x = small(), torch.randn(2, 4, 4, 4)
+    a = small()
     b = copy.deepcopy(a)
     labels = torch.tensor([0, 1])
     assert first_difference(a.ar, b.ar, a.ar.start(labels)) is None
