@@ -100,19 +100,23 @@ def main():
             if args.stage == "all":
                 continue  # nothing was published of this stage at this size
             raise UserError(f"there is no recipe for stage {stage.name} at size {args.size}")
+        first, first_path = frozen(args, stage, device)
         try:
-            config = dataclasses.replace(preset, classes=len(data.classes),
+            known = {stage.first: first.config} if first else {}  # e.g. vae=the config of the VAE that there is
+            config = dataclasses.replace(preset, classes=len(data.classes), **known,
                                          image_size=args.image_size or preset.image_size)
             config = common.override(stage.config(config), args.set)
         except ValueError as error:
             raise UserError(f"this configuration is impossible: {error}") from None
-        train(args, stage, config, data, rank, world, device)
+        if first and getattr(config, stage.first) != first.config:
+            raise UserError(f"--set {stage.first}...: the {stage.first} in {first_path} is another one")
+        train(args, stage, config, data, first, first_path, rank, world, device)
     if world > 1:
         dist.destroy_process_group()
 
 
-def train(args, stage, config, data, rank, world, device):
-    """One stage, from its last saved state to its end."""
+def train(args, stage, config, data, first, first_path, rank, world, device):
+    """One stage, from its last saved state to its end. `first` is the frozen stage whose codes it eats, or None."""
     recipe = stage.recipes[args.size]
     recipe = dataclasses.replace(recipe, lr=args.lr or recipe.lr, batch=args.batch_size or recipe.batch,
                                  epochs=args.epochs or recipe.epochs)
@@ -127,8 +131,9 @@ def train(args, stage, config, data, rank, world, device):
     compiled = args.compile if args.compile is not None else device.type == "cuda" and args.size != "tiny"
     workers = args.workers if args.workers is not None else min(4, os.cpu_count()) * (sys.platform == "linux")
     folder = args.out / stage.name
-    if rank == 0 and args.fresh:
-        shutil.rmtree(folder, ignore_errors=True)
+    with common.rank_zero_first():
+        if rank == 0 and args.fresh:
+            shutil.rmtree(folder, ignore_errors=True)
 
     # What is trained, on what, from where.
     torch.manual_seed(args.seed)
@@ -137,8 +142,7 @@ def train(args, stage, config, data, rank, world, device):
         parameter.requires_grad_(parameter.requires_grad and stage.trains(config, name))
     ema = copy.deepcopy(module).float().eval().requires_grad_(False)
     optimizer = adamw(module, stage, recipe, device)
-    with common.rank_zero_first():
-        step = resume(folder, module, ema, optimizer, config, device)
+    step = resume(folder, module, ema, optimizer, config)
     if step >= steps:
         if rank == 0:
             print(f"stage {stage.name}: {step} steps are done")
@@ -146,7 +150,6 @@ def train(args, stage, config, data, rank, world, device):
     if not step:
         begin(args, stage, config, module, rank)
         ema.load_state_dict(module.state_dict())
-    first, first_path = frozen(args, stage, device)
     if first and args.cache != "off":
         views = stage.views(config)
         source = common.Stored(common.cached(args.cache or args.out / "cache", data, config.image_size, first, views,
@@ -255,8 +258,11 @@ def train(args, stage, config, data, rank, world, device):
             checkpoint()
         if halt and step < steps:
             bar.close()
+            if world > 1:
+                dist.barrier()  # nobody leaves while rank 0 is still writing
             raise UserError(f"stopped at step {step} of stage {stage.name}; saved, the same command goes on from there")
     bar.close()
+    stop.restore()
     if world > 1:
         dist.barrier()
     if rank == 0:
@@ -272,7 +278,7 @@ def adamw(module, stage, recipe, device):
                              fused=device.type in ("cpu", "cuda"))
 
 
-def resume(folder, module, ema, optimizer, config, device):
+def resume(folder, module, ema, optimizer, config):
     """Loads the newest state that is whole; its step, or 0 where there is none."""
     for path in (folder / "state.pt", folder / "state.previous.pt"):
         if not path.exists():
@@ -389,8 +395,12 @@ class Stop:
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore(self):
+        """What the signals did before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def note(self, number, frame):
         """The signal handler."""

@@ -392,16 +392,20 @@ class TransDiff(nn.Module):
         """
         c, B = self.config, len(labels)
         cfg, steps = c.cfg if cfg is None else cfg, steps or c.steps
-        rounds = rounds or (c.images if c.mrar else 1)
-        if rounds > (c.images if c.mrar else 1):
-            raise UserError(f"this model was trained for {c.images if c.mrar else 1} rounds, not {rounds}")
+        most = c.images if c.mrar else 1
+        rounds = rounds or most
+        if rounds > most:
+            raise UserError(f"this model was trained for {most} rounds, not {rounds}")
+        if isinstance(cfg, list) and len(cfg) != rounds:
+            raise UserError(f"{len(cfg)} guidance scales for {rounds} rounds")
         if features and not rounds <= features <= c.features:
             raise UserError(f"this model has {c.features} features, at least one for each of {rounds} rounds is needed")
         options = (solver or c.solver, c.drift_scale if drift_scale is None else drift_scale,
                    c.noise_scale if noise_scale is None else noise_scale)
         ts = time_grid(steps, options[0], labels.device)
-        scales = [[g if interval[0] <= t <= interval[1] else 1.0 for g, t in zip(common.guidance_scales(
-            cfg[r] if isinstance(cfg, list) else cfg, steps), ts.tolist())] for r in range(rounds)]
+        acts = [interval[0] <= t <= interval[1] for t in ts[:-1].tolist()]
+        scales = [[g if act else 1.0 for g, act in zip(common.guidance_scales(g, steps), acts, strict=True)]
+                  for g in (cfg if isinstance(cfg, list) else [cfg] * rounds)]
 
         # Rows of the AR transformer: all labels, then those to fuse with, then "no label". What comes before the
         # first reference depends on the label alone, so it is computed once for each distinct one.
@@ -460,7 +464,7 @@ class TransDiff(nn.Module):
                 x = x + drift_scale * drift * dt                                            # Eq. 18
                 x = x + noise_scale * (2 * t * -dt).sqrt() * noise.normal(x.shape[1:])
             else:
-                x = x + drift * dt                                                          # the last step is exact
+                x = x + drift * dt                                                          # no scale, no noise
         return x
 
     @torch.no_grad()

@@ -271,7 +271,7 @@ def test_latents_on_the_fly(trained, in_process, pictures, tmp_path):
     (["--data", "/nowhere"], "no such folder"), (["--batch-size", "0"], "more than 0"), (["--lr", "-1"], "more than"),
     (["--set", "dim=x"], "dim is a int"), (["--set", "depths=2"], "no such field"),
     (["--set", "dim=30"], "not divisible by 4 heads"), (["--image-size", "30"], "not divisible"),
-    (["--accumulate", "5"], "does not divide"), (["--stage", "mrar", "--vae", "x.pt"], "goes on from"),
+    (["--accumulate", "5"], "does not divide"), (["--stage", "mrar"], "train stage vae, or give"),
     (["--vae", "x.pt"], "x.pt, which is not there"), (["--device", "tpu"], "--device tpu"),
     (["--init", "x.pt", "--vae", "x.pt"], "no such file")])
 def test_mistakes_in_training_are_one_line(in_process, tmp_path, monkeypatch, capsys, arguments, words):
