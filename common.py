@@ -390,7 +390,7 @@ def load_data(name, root="data", size=32, split="train"):
     "test"; a folder has no test split. Raises UserError for what is missing, damaged or empty.
     """
     if name == "shapes":
-        first, n = (0, 24000) if split == "train" else (24000, 4000)
+        first, n = (0, 20000) if split == "train" else (20000, 4000)
         return Data(name, np.arange(first, first + n) % len(SHAPES), SHAPES, lambda i: draw_shape(first + i, size),
                     f"shapes-1-{first}-{n}")
     if name in IDX:

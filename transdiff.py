@@ -548,12 +548,12 @@ def carry(name, old, shape):
 
 
 VAE = Stage("vae", build=lambda c: common.KLVAE(c.vae),
-            recipes={"tiny": Recipe(lr=3e-3, batch=16, epochs=1, warmup=0.03, decay=0.4, betas=(0.9, 0.99),
+            recipes={"tiny": Recipe(lr=3e-3, batch=16, epochs=0.8, warmup=0.03, decay=0.4, betas=(0.9, 0.99),
                                     weight_decay=0.0, clip=1.0, ema=0.99)},
             augment=lambda c: common.random_crop_mirror if c.mirror else common.random_crop,
             load=common.load_vae, finish=lambda vae, images: vae.calibrate(images), preview=reconstructions)
 AR1 = Stage("1step", build=TransDiff, first="vae", codes=lambda vae, moments: vae.sample(moments),
-            recipes={"tiny": Recipe(lr=1e-3, batch=32, epochs=1, warmup=0.03, decay=0.5, clip=1.0, ema=0.999),
+            recipes={"tiny": Recipe(lr=2e-3, batch=32, epochs=1, warmup=0.03, decay=0.5, clip=1.0, ema=0.999),
                      **dict.fromkeys("blh", Recipe(lr=8e-4, batch=2048, epochs=800, warmup=100 / 800)),
                      "l-512": Recipe(lr=1e-4, batch=2048, epochs=150, warmup=10 / 150, ema=0.999)},
             augment=VAE.augment, views=lambda c: common.centre_and_mirror if c.mirror else common.centre_only,
@@ -563,7 +563,7 @@ MRAR = dataclasses.replace(
     AR1, name="mrar", start="1step", group=lambda c: c.images,
     config=lambda c: dataclasses.replace(c, mrar=True, repeat=2, **dict(zip(
         ("cfg", "drift_scale", "noise_scale"), MRAR_SAMPLING.get(c.dim, (c.cfg, c.drift_scale, c.noise_scale))))),
-    recipes={"tiny": Recipe(lr=3e-4, batch=8, epochs=1, warmup=0.03, decay=0.5, clip=1.0, ema=0.999),
+    recipes={"tiny": Recipe(lr=1e-3, batch=8, epochs=0.6, warmup=0.03, decay=0.5, clip=1.0, ema=0.999),
              **dict.fromkeys("blh", Recipe(lr=5e-5, batch=2048, epochs=40, warmup=10 / 40))})
 STAGES = [VAE, AR1, MRAR]
 

@@ -92,7 +92,7 @@ def write_mnist(folder, images, labels, pack=gzip.compress, ending=".gz"):
 def test_shapes_are_deterministic_balanced_and_distinct():
     a, b = (common.load_data("shapes", size=32) for _ in range(2))
     test = common.load_data("shapes", size=32, split="test")
-    assert np.bincount(a.labels).tolist() == [2400] * 10
+    assert np.bincount(a.labels).tolist() == [2000] * 10
     for i in (0, 7, 123):
         assert np.array_equal(a.read(i), b.read(i))
         assert not np.array_equal(a.read(i), a.read(i + 10)) and not np.array_equal(a.read(i), test.read(i))
