@@ -435,8 +435,8 @@ def read_idx(path):
         raise UserError(f"{path} is damaged ({error}); delete it and it is downloaded again") from None
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
         raise UserError(f"{path} is not an IDX file of bytes: it starts with {raw[:4].hex() or 'nothing'}")
-    shape = np.frombuffer(raw, ">i4", raw[3], 4).astype(int)
-    if shape.min(initial=1) < 1 or len(raw) != 4 + 4 * raw[3] + shape.prod():
+    shape = np.frombuffer(raw, ">i4", raw[3], 4).tolist()
+    if min(shape, default=1) < 1 or len(raw) != 4 + 4 * raw[3] + math.prod(shape):
         raise UserError(f"{path} is damaged: {len(raw)} bytes do not hold the {'x'.join(map(str, shape))} values that"
                         " its header promises; delete it and it is downloaded again")
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
@@ -498,7 +498,7 @@ def load_folder(path, size):
             raise UserError(f"{path / classes[labels[i]]}: no readable picture in this class")
         return read_picture(others[i % len(others)])  # another one of its class takes its place
 
-    stamp = str([(n, os.path.getsize(path / os.fsdecode(n))) for n in names]).encode()
+    stamp = str([(n, os.lstat(path / os.fsdecode(n)).st_size) for n in names]).encode()
     return Data(path.resolve().name, labels, classes, read_picture, hashlib.sha256(stamp).hexdigest()[:12])
 
 
@@ -767,6 +767,8 @@ def cached(folder, data, size, first, views, workers=0):
     bar.close()
     if world > 1:
         dist.barrier()
+    if not rows.done.all():
+        raise UserError(f"{folder}: the other ranks' share is not here; --cache names a folder that all machines share")
     return rows.rows
 
 
@@ -989,12 +991,15 @@ def progress(total, title, unit, rank=0, done=0):
 
 
 def walk(module, *inputs, depth=2):
-    """Runs the module once and prints the shape that every part gives, in the order in which they run."""
+    """Runs the module once and prints the shape that every part gives, when it first runs."""
+    seen = set()
+
     def show(name):
         def hook(part, args, output):
-            shape = " ".join(str(tuple(o.shape)) for o in (output if isinstance(output, tuple) else (output,))
-                             if isinstance(o, torch.Tensor))
-            print(f"  {name:32s} {type(part).__name__:18s} {shape}")
+            shape = tuple((output[0] if isinstance(output, tuple) else output).shape)
+            if name not in seen:
+                print(f"  {name:32s} {type(part).__name__:18s} {shape}")
+            seen.add(name)
         return hook
 
     hooks = [part.register_forward_hook(show(name)) for name, part in module.named_modules()
@@ -1022,8 +1027,13 @@ def from_pil(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def grid(images, columns, names=None, gap=2):
-    """One picture of uint8 images (n, 3, h, w), row by row; `names` stand to the left of their rows."""
+def grid(images, columns, names=None, gap=2, zoom=None):
+    """One picture of uint8 images (n, 3, h, w), row by row; `names` stand to the left of their rows.
+
+    zoom: how many pixels become of one, each way; unless given, enough for images of 64 pixels.
+    """
+    zoom = zoom or max(1, 64 // images.shape[2])
+    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     n, _, h, w = images.shape
     rows = math.ceil(n / columns)
     font = ImageFont.load_default(max(10, min(h // 3, 24)))

@@ -60,6 +60,8 @@ def arguments():
     for name in ("n", "batch_size", "steps", "rounds", "features"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is 1 or more, not {value}")
+    if args.seed < 0:
+        parser.error(f"--seed is 0 or more, not {args.seed}")
     if args.solver not in (None, "maruyama", "euler"):
         parser.error(f"--solver is maruyama or euler, not {args.solver}")
     if args.ckpt and (args.run or args.raw):

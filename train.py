@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -70,6 +71,8 @@ def arguments():
     for name in ("steps", "epochs", "batch_size", "accumulate", "lr", "log_every", "save_every", "sample_every"):
         if (value := getattr(args, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} is more than 0, not {value}")
+    if args.seed < 0:
+        parser.error(f"--seed is 0 or more, not {args.seed}")
     args.out = Path(args.out or f"runs/{args.model}")
     return args
 
@@ -178,7 +181,7 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
     batches = iter(torch.utils.data.DataLoader(
         source, batch_sampler=(order(k) for k in chunks), num_workers=workers, pin_memory=device.type == "cuda",
         worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN)))
-    probe, labels, row_names = probes(data, config.image_size)
+    probe, shown, row_names = probes(data, config.image_size)
 
     def checkpoint():
         if rank == 0:
@@ -190,18 +193,19 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
     def grids():
         if rank == 0:
             stage.finish(ema, probe["many"].to(device))
-        mine = torch.arange(rank, len(labels) + -len(labels) % world, world) % len(labels)
+        mine = torch.arange(rank, len(shown) + -len(shown) % world, world) % len(shown)  # padded to equal shares
         noise = common.Noise.of(args.seed, mine.tolist(), device)
         with torch.no_grad():
-            pictures = stage.preview(ema, first, probe["grid"][mine].to(device), labels[mine].to(device), noise)
+            pictures = stage.preview(ema, first, probe["grid"][mine].to(device), shown[mine].to(device), noise)
         per = len(pictures) // len(mine)  # 2 where a picture stands beside its reconstruction
         pictures = common.gather(common.to_uint8(pictures)).unflatten(0, (world, -1, per)).transpose(0, 1).flatten(0, 2)
         if rank == 0:
-            sheet = common.grid(pictures[:len(labels) * per].cpu(), COLUMNS * per, row_names)
+            sheet = common.grid(pictures[:len(shown) * per].cpu(), COLUMNS * per, row_names)
             common.save_picture(folder / f"samples/step_{step:06d}.png", sheet)
 
     stop = Stop()
-    parts, skipped, in_a_row, waited, since = {}, 0, 0, 0.0, time.perf_counter()
+    skipped = in_a_row = 0
+    parts, waited, since, logged = {}, 0.0, time.perf_counter(), step
     bar = common.progress(steps, stage.name, "step", rank, step)
     while step < steps:
         rate = recipe.rate(step, steps)
@@ -210,7 +214,7 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
         sums = {}
         for micro_step in range(args.accumulate):
             begun = time.perf_counter()
-            batch, of_class = (x.to(device, non_blocking=True) for x in next(batches))
+            batch, labels = (x.to(device, non_blocking=True) for x in next(batches))
             waited += time.perf_counter() - begun
             reseed(args.seed, step, micro_step * world + rank)
             batch = batch if batch.dtype != torch.uint8 else common.to_float(batch)
@@ -221,7 +225,7 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
             last = micro_step == args.accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    out = wrapped(batch, of_class)
+                    out = wrapped(batch, labels)
                 (out["loss"] / args.accumulate).backward()
             for name, value in out.items():
                 sums[name] = sums.get(name, 0) + value.detach() / args.accumulate
@@ -244,14 +248,12 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
         bar.update()
         if step % args.log_every == 0 or step == steps or halt:
             line = {name: mean_over_ranks(torch.stack(values).mean(), world) for name, values in parts.items()}
-            done, took = args.log_every if step % args.log_every == 0 else step % args.log_every, \
-                time.perf_counter() - since
+            speed = (step - logged) * recipe.batch * group / (time.perf_counter() - since)
             if rank == 0:
-                log(step=step, **line, lr=rate, skipped=skipped, images_per_s=done * recipe.batch * group / took,
-                    data_s=waited, memory_gb=memory(device))
-                bar.set_postfix_str(f"loss {line.get('loss', float('nan')):.4f}, "
-                                    f"{done * recipe.batch * group / took:.0f} images/s")
-            parts, waited, since = {}, 0.0, time.perf_counter()
+                log(step=step, **line, lr=rate, skipped=skipped, images_per_s=speed, data_s=waited,
+                    memory_gb=memory(device))
+                bar.set_postfix_str(f"loss {line.get('loss', math.nan):.4f}, {speed:.0f} images/s")
+            parts, waited, since, logged = {}, 0.0, time.perf_counter(), step
         if step % args.sample_every == 0 or step == steps:
             grids()
         if step % args.save_every == 0 or step == steps or halt:

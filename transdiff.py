@@ -641,7 +641,7 @@ def main():
         latents = torch.randn(*shape, c.vae.channels, c.latent_size, c.latent_size)
         print(f"\n{title}: latents {tuple(latents.shape)} and labels (2,) through TransDiff.forward")
         loss = common.walk(TransDiff(c), latents, torch.tensor([0, 1]))
-        print("  loss:", {k: round(float(v), 3) for k, v in loss.items()})
+        print("  loss:", {k: round(v.item(), 3) for k, v in loss.items()})
 
 
 if __name__ == "__main__":

@@ -437,10 +437,11 @@ def test_bytes_go_round():
 
 def test_grids_and_animations(tmp_path):
     images = torch.stack([torch.full((3, 8, 8), v, dtype=torch.uint8) for v in (0, 50, 100, 150, 200)])
-    sheet = common.grid(images, 3, gap=1)
+    sheet = common.grid(images, 3, gap=1, zoom=1)
     assert sheet.size == (1 + 3 * 9, 1 + 2 * 9)
     assert [sheet.getpixel((5 + 9 * (k % 3), 5 + 9 * (k // 3)))[0] for k in range(6)] == [0, 50, 100, 150, 200, 255]
-    assert common.grid(images, 3, names=["a long name", "b"]).width > sheet.width
+    assert common.grid(images, 3, ["a long name", "b"], 1, 1).width > sheet.width
+    assert common.grid(images, 3, gap=1).size == (1 + 3 * 65, 1 + 2 * 65)
     common.save_gif(tmp_path / "x.gif", [common.grid(images[k:k + 1], 1) for k in range(5)], seconds=1)
     with Image.open(tmp_path / "x.gif") as film:
         assert film.n_frames == 5 and film.info["loop"] == 0

@@ -94,7 +94,7 @@ def test_a_run_leaves_what_the_readme_says(trained):
         assert (folder / "samples" / "step_000002.png").exists()
         weights = common.read(folder / "model.pt")["model"]
         assert not any(name.startswith(("module.", "_orig_mod.")) for name in weights)
-    assert Image.open(trained / "1step/samples/step_000002.png").height == 2 + 3 * 18
+    assert Image.open(trained / "1step/samples/step_000002.png").height == 2 + 3 * 66
 
 
 def test_finished_stages_are_skipped_and_longer_ones_go_on(trained, in_process, pictures, tmp_path, capsys):
