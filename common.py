@@ -50,13 +50,14 @@ def command(main):
     try:
         main()
     except UserError as error:
-        message = str(error)
+        message = str(error).splitlines()[-1].removeprefix("common.UserError: ")  # a data worker adds its traceback
     except OSError as error:  # disk full, no permission, a vanished folder
         message = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
     except KeyboardInterrupt:
         message = "interrupted"
     else:
         return
+    sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(2) if dist.is_initialized() else sys.exit(2)  # other ranks may hang: torchrun ends them
 
@@ -392,7 +393,7 @@ def load_data(name, root="data", size=32, split="train"):
     if name == "shapes":
         first, n = (0, 20000) if split == "train" else (20000, 4000)
         return Data(name, np.arange(first, first + n) % len(SHAPES), SHAPES, lambda i: draw_shape(first + i, size),
-                    f"shapes-1-{first}-{n}")
+                    f"shapes-{first}-{n}")
     if name in IDX:
         source, classes, files = IDX[name]
         images, labels = (read_idx(download(source, Path(root, name, f), digest)) for f, digest in files.items()
@@ -583,23 +584,19 @@ def draw_shape(index, size):
     def mix(a, b, share):  # colours or pictures a and b; share (size, size) of b
         return a + (b - a) * share[..., None]
 
-    hue, turn = rng.random(), rng.normal() * 0.2
-    light, scale = rng.uniform(-2.6, -0.6), rng.uniform(0.58, 0.78)
-    at = rng.uniform(-0.9, 0.9, 2) * (0.95 - scale)
-    ground = colour((hue + rng.uniform(0.3, 0.7)) % 1, rng.uniform(0.1, 0.4), rng.uniform(0.75, 1))
-    slope = rng.uniform(0, 2 * math.pi)
-    along = np.cos(slope) * x + np.sin(slope) * y
-    picture = mix(ground, ground * rng.uniform(0.5, 0.75), (along + 1.4) / 2.8)
-    if rng.random() < 0.5:  # soft stripes
-        picture = picture * (1 + 0.05 * np.sin(rng.uniform(5, 12) * along + rng.uniform(0, 6)))[..., None]
+    hue, turn, light = rng.random(), rng.uniform(-0.15, 0.15), -2.2  # the light comes from the upper left
+    scale, at = rng.uniform(0.72, 0.82), rng.uniform(-0.06, 0.06, 2)
+    ground = colour((hue + rng.uniform(0.35, 0.65)) % 1, rng.uniform(0.1, 0.4), rng.uniform(0.8, 1))
+    along = np.cos(light) * x + np.sin(light) * y
+    picture = mix(ground * rng.uniform(0.55, 0.8), ground, (along + 1.4) / 2.8)
 
     def distance(dx=0.0, dy=0.0):
         u, v = (x - at[0] - dx) / scale, (y - at[1] - dy) / scale
         u, v = np.cos(turn) * u + np.sin(turn) * v, np.cos(turn) * v - np.sin(turn) * u
         return scale * signed_distance(kind, u, v)
 
-    picture = picture * (1 - 0.4 * (0.5 - distance(-0.09 * np.cos(light), -0.09 * np.sin(light)) / 0.16).clip(0, 1)
-                         )[..., None]  # a soft shadow, away from the light
+    shadow = (0.5 - distance(-0.09 * np.cos(light), -0.09 * np.sin(light)) / 0.16).clip(0, 1)  # away from the light
+    picture = picture * (1 - 0.4 * shadow)[..., None]
     d = distance()
     bright = 0.5 + 0.5 * ((x - at[0]) * np.cos(light) + (y - at[1]) * np.sin(light)) / scale
     deep, pale = colour(hue, 0.9, rng.uniform(0.5, 0.7)), colour(hue, rng.uniform(0.5, 0.75), 1.0)
@@ -650,8 +647,8 @@ def signed_distance(kind, u, v):
         return np.minimum(box(0.95, 0.33), box(0.33, 0.95))
     if kind == "crescent":
         return np.maximum(disc(0, 0, 0.98), -disc(0.42, -0.1, 0.78))
-    petals = [disc(*(0.58 * p), 0.4) for p in corners(6, 1.0)]  # flower
-    return functools.reduce(np.minimum, petals, disc(0, 0, 0.45))
+    petals = [disc(*(0.66 * p), 0.36) for p in corners(6, 1.0)]  # flower
+    return functools.reduce(np.minimum, petals, disc(0, 0, 0.5))
 
 
 class Order:

@@ -1,6 +1,6 @@
 """TransDiff: an autoregressive transformer tells a diffusion decoder what to draw (Zhen et al., 2025).
 
-Idea      An AR transformer turns a class label into N "semantic features" c, in one pass (1-step AR). A diffusion
+Idea      An AR transformer turns a class label into M "semantic features" c, in one pass (1-step AR). A diffusion
           transformer turns Gaussian noise into the latent of an image, looking at c by cross-attention. Both are
           trained together: the flow-matching loss flows back through c. Multi-Reference AR (MRAR) goes on from
           there: the AR transformer also reads earlier whole images of the class and predicts the features of the
@@ -88,15 +88,15 @@ class Config:
 
 
 TINY_VAE = VAEConfig(channels=16, width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8, scale=0, kl_weight=1e-3)
-B = Config()
+BASE = Config()
 PRESETS = {
     "tiny": Config(image_size=32, classes=10, dim=128, heads=4, ar_depth=2, depth=4, class_tokens=16, features=64,
                    repeat=2, dropout=0.0, mirror=False, vae=TINY_VAE, cfg=2.0, steps=25, drift_scale=1.0,
                    noise_scale=1.0),
-    "b": B,
-    "l": dataclasses.replace(B, dim=1024, heads=16, ar_depth=32, depth=16, drift_scale=0.89, noise_scale=0.95),
-    "h": dataclasses.replace(B, dim=1280, heads=16, ar_depth=40, depth=20, cfg=1.23, noise_scale=0.93),
-    "l-512": dataclasses.replace(B, dim=1024, heads=16, ar_depth=32, depth=16, image_size=512, only_decoder=True,
+    "b": BASE,
+    "l": dataclasses.replace(BASE, dim=1024, heads=16, ar_depth=32, depth=16, drift_scale=0.89, noise_scale=0.95),
+    "h": dataclasses.replace(BASE, dim=1280, heads=16, ar_depth=40, depth=20, cfg=1.23, noise_scale=0.93),
+    "l-512": dataclasses.replace(BASE, dim=1024, heads=16, ar_depth=32, depth=16, image_size=512, only_decoder=True,
                                  noise_scale=0.87)}
 PUBLISHED = {"b": "290M", "l": "683M", "h": "1.3B", "l-512": "683M"}
 MRAR_SAMPLING = {768: (1.3, 0.87, 0.91), 1024: (1.3, 0.925, 0.95), 1280: (1.28, 0.87, 0.91)}  # cfg, s1, s2 by width

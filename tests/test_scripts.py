@@ -388,3 +388,10 @@ def test_only_the_named_packages_are_imported():
                        "setuptools", "pytest", "pip", "packaging"}
     assert not {m.lower() for m in loaded} & (installed - asked - needed_by_torch)
     assert "transdiff" not in (ROOT / "common.py").read_text().split('"""')[2].split("import ")[0]
+
+
+def test_tensorboard_is_asked_for_or_absent(monkeypatch, in_process, pictures, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(common.UserError, match="pip install tensorboard"):
+        in_process(train, "--model", "transdiff", "--data", pictures, "--out", tmp_path, "--steps", 1, "--tensorboard",
+                   *SMALL)
