@@ -191,6 +191,8 @@ def main():
     took = time.perf_counter() - begun
     if world > 1:
         dist.barrier()
+    if args.fuse and names:
+        names = [f"{names[classes[0]]} + {names[other]}"] * len(names)
     if rank == 0:
         write(Path(args.out), kind, rows.rows, labels, names, len(classes))
         beside = Path(args.out, "meta.json") if kind == "folder" else Path(args.out).with_suffix(".meta.json")

@@ -245,6 +245,8 @@ def test_init_carries_weights_to_another_size(trained, in_process, pictures, tmp
                  "--stage", "1step", "--steps", 1, *SMALL, "only_decoder=true", "image_size=32"]
     with pytest.raises(common.UserError, match="give the rest with --init"):
         in_process(train, *arguments)
+    with pytest.raises(common.UserError, match="no such file: absent.pt"):
+        in_process(train, *arguments, "--init", "absent.pt")
     in_process(train, *arguments, "--init", trained / "1step/model.pt")
     said = capsys.readouterr().out
     assert "decoder.pos (1, 16, 32) -> (1, 64, 32)" in said and "begun afresh: none" in said
@@ -273,7 +275,7 @@ def test_latents_on_the_fly(trained, in_process, pictures, tmp_path):
     (["--set", "dim=30"], "not divisible by 4 heads"), (["--image-size", "30"], "not divisible"),
     (["--accumulate", "5"], "does not divide"), (["--stage", "mrar"], "train stage vae, or give"),
     (["--vae", "x.pt"], "x.pt, which is not there"), (["--device", "tpu"], "--device tpu"),
-    (["--init", "x.pt", "--vae", "x.pt"], "no such file")])
+    (["--seed", "-1"], "0 or more")])
 def test_mistakes_in_training_are_one_line(in_process, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((common.UserError, SystemExit)) as caught:
