@@ -348,6 +348,9 @@ def vae_from_state(state, config=None, path="the VAE"):
                 scale=float(state.get("scale", {16: 0.2325, 4: 0.18215}.get(channels, 1.0))))
         except KeyError as missing:
             raise UserError(f"{path}: not a KL-VAE in a known layout: no entry {missing}") from None
+        if width % config.groups:
+            raise UserError(f"{path}: weights alone do not tell the norms' groups, and {width} channels are not the"
+                            f" published {config.groups}; give the run's own model.pt")
     vae = KLVAE(config)
     load_strict(vae, {"scale": torch.tensor(float(config.scale or 1)), **state}, path)
     return vae.eval().requires_grad_(False)
@@ -943,10 +946,14 @@ def read(path):
         raise UserError(f"no such file: {path}")
     if path.suffix == ".safetensors":
         try:
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
         except ImportError:
             raise UserError(f"{path}: pip install safetensors, or give the file as .pt, .pth, .ckpt or .bin") from None
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
