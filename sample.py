@@ -138,7 +138,8 @@ def main():
     kind = Path(args.out).suffix.lower() or "folder"
     if kind not in (".png", ".gif", ".npz", "folder"):
         raise UserError(f"--out {args.out}: a file .png, .gif or .npz, or a folder")
-    if kind == "folder" and Path(args.out).is_dir() and any(Path(args.out).iterdir()):
+    table = Path(f"{args.out.rstrip('/')}.partial")  # a job that was interrupted may have begun to fill its folder
+    if kind == "folder" and Path(args.out).is_dir() and any(Path(args.out).iterdir()) and not table.exists():
         raise UserError(f"--out {args.out}: the folder is not empty")
 
     # Whose pictures: labels in the order of the classes, as many of each.
@@ -164,13 +165,12 @@ def main():
     meta = json.loads(json.dumps(meta))
 
     # Sampling. The table holds the images (and, for an animation, the frames before them) of all ranks.
-    table = Path(f"{args.out.rstrip('/')}.partial")
     if rank == 0 and kind in (".png", ".gif"):
         shutil.rmtree(table, ignore_errors=True)
     frames = FRAMES * (kind == ".gif") + 1
     rows = common.Rows(table, (n, frames, config.image_size, config.image_size, 3), np.uint8, meta)
     todo = rows.todo(rank, world)
-    seen, facts, begun = [], {}, time.perf_counter()
+    facts, begun = {}, time.perf_counter()  # facts: means over this rank's images
     bar = common.progress(len(todo), "sampling", "img", rank)
     for at in range(0, len(todo), args.batch_size):
         index = todo[at:at + args.batch_size]
@@ -178,9 +178,11 @@ def main():
         if args.fuse:
             options["fuse"] = torch.full((len(index),), other, device=device)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            images, facts = module.generate(
+            images, about_batch = module.generate(
                 model, first, labels[index].to(device), noise, **options,
                 on_step=(lambda x: seen.append(common.to_uint8(x).cpu())) if kind == ".gif" else None)
+        for name, value in about_batch.items():
+            facts[name] = facts.get(name, 0) + value * len(index) / len(todo)
         if not torch.isfinite(images).all():
             raise UserError("the samples are not finite: try --precision fp32, more --steps or a smaller --cfg")
         chosen = np.linspace(0, len(seen) - 1, FRAMES).round().astype(int) if seen else []
@@ -196,6 +198,7 @@ def main():
     if rank == 0:
         write(Path(args.out), kind, rows.rows, labels, names, len(classes))
         beside = Path(args.out, "meta.json") if kind == "folder" else Path(args.out).with_suffix(".meta.json")
+        facts = {name: round(value, 4) for name, value in facts.items()}
         with common.atomic(beside) as f:
             f.write(json.dumps({**meta, **facts}, indent=1).encode())
         shutil.rmtree(table)

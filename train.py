@@ -258,7 +258,7 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
             grids()
         if step % args.save_every == 0 or step == steps or halt:
             checkpoint()
-        if halt and step < steps:
+        if halt:
             bar.close()
             if world > 1:
                 dist.barrier()  # nobody leaves while rank 0 is still writing

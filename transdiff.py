@@ -517,7 +517,7 @@ def generate(model, vae, labels, noise, *, on_step=None, **options):
     """
     watch = on_step and (lambda r, i, x0: on_step(vae.decode(x0)))
     images = vae.decode(model.sample(labels, noise, on_step=watch, **options)).clamp(-1, 1)
-    return images, {"feature_similarity": round(float(diversity(model.last_features).mean()), 4)}
+    return images, {"feature_similarity": diversity(model.last_features).mean().item()}
 
 
 def reconstructions(vae, first, images, labels, noise):

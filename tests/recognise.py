@@ -64,7 +64,7 @@ def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", nargs="+", help=".npz files of sample.py")
-    parser.add_argument("--data", default="shapes")
+    parser.add_argument("--data", default="shapes", choices=("shapes", "cifar10", *common.IDX))
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--image-size", type=int, default=32)
     args = parser.parse_args()
