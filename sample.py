@@ -110,7 +110,10 @@ def load(args, device):
         about = {"checkpoint": str(found[0]), "classes": content["classes"], "weights": "raw" if args.raw else "EMA",
                  **{k: content[k] for k in ("stage", "size", "step", "data")}}
     model = model.to(device).eval().requires_grad_(False)
-    first = next(s for s in module.STAGES if s.load).load(first).to(device)
+    path, first = first, next(s for s in module.STAGES if s.load).load(first).to(device)
+    has, needs = ((c.channels, c.factor) for c in (first.config, model.config.vae))
+    if has != needs:
+        raise UserError(f"{path} has {has[0]} channels at f{has[1]}, the model needs {needs[0]} at f{needs[1]}")
     return model, first, {"model": args.model, **about, "weights_hash": common.fingerprint(model)}
 
 

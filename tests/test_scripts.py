@@ -337,6 +337,14 @@ def test_every_kind_of_output(trained, in_process, tmp_path):
     assert json.loads((tmp_path / "fused.meta.json").read_text())["fuse"] == "circle,star"
 
 
+def test_another_vae_than_the_models_is_refused(trained, in_process, tmp_path):
+    vae = common.KLVAE(common.VAEConfig(channels=4, width=32, mult=(1, 2), blocks=1, attention=()))
+    common.save(tmp_path / "f2.pt", vae.state_dict())
+    with pytest.raises(common.UserError, match="has 4 channels at f2, the model needs 4 at f4"):
+        in_process(sample, "--model", "transdiff", "--run", trained, "--vae", tmp_path / "f2.pt", "--out",
+                   tmp_path / "x.png")
+
+
 def test_an_interrupted_set_goes_on(trained, in_process, tmp_path, monkeypatch):
     """What is there is not sampled again; other settings are refused; the end is the same."""
     def draw(*arguments):
