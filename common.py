@@ -570,6 +570,19 @@ def ten_crops(image, size):
     return five + [mirror(crop) for crop in five]
 
 
+def one_of_ten_crops(image, size, rng):
+    """One of ten_crops."""
+    return ten_crops(image, size)[rng.integers(10)]
+
+
+def random_scale_crop(image, size, rng):
+    """A square of `size` at a random place of the picture at 1 to 1.25 times that size, mirrored every other time
+    (D-AR's tokenizer)."""
+    image = shrink(image, int(rng.integers(size, math.ceil(size / 0.8) + 1)))
+    image = cut(image, size, rng.integers(image.width - size + 1), rng.integers(image.height - size + 1))
+    return mirror(image) if rng.random() < 0.5 else image
+
+
 def draw_shape(index, size):
     """Picture `index` of the data set `shapes`: class index % 10, anti-aliased and shaded, on a varied ground.
 
@@ -936,10 +949,11 @@ def save(path, content, keep=False):
         torch.save(content, f)
 
 
-def read(path):
+def read(path, harmless=()):
     """The content of a checkpoint: .pt, .pth, .ckpt, .bin, or .safetensors. Runs nothing that the file says.
 
-    Raises UserError for a missing, damaged or unsafe file.
+    harmless: classes that it may also hold, each as (stand-in, "module.Class"). Raises UserError for a missing, damaged
+    or unsafe file.
     """
     path = Path(path)
     if not path.is_file():
@@ -955,7 +969,7 @@ def read(path):
         except SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from None
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *harmless]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))

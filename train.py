@@ -1,7 +1,8 @@
 """Trains any of the models, stage by stage: the loop, and only the loop.
 
     python train.py --model transdiff                                    # drawn shapes, on a laptop
-    python train.py --model transdiff --data fashion-mnist
+    python train.py --model dar --data fashion-mnist
+    torchrun --nproc_per_node 8 train.py --model dar --size l --data /data/imagenet/train
     torchrun --nproc_per_node 8 train.py --model transdiff --size l --data /data/imagenet/train --vae kl16.ckpt
 
 A run lives in runs/<model>/<stage>/: config.json, model.pt (EMA weights, for sample.py), state.pt (to go on from),
@@ -30,10 +31,11 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import common
+import dar
 import transdiff
 from common import UserError
 
-MODELS = {"transdiff": transdiff}
+MODELS = {"transdiff": transdiff, "dar": dar}
 COLUMNS = 8  # pictures per class in the grids
 
 
@@ -47,7 +49,8 @@ def arguments():
     add("--data", default="shapes", help="shapes, mnist, fashion-mnist, cifar10, or a FOLDER of class folders")
     add("--data-root", default="data", help="where named data sets are, or are downloaded to")
     add("--image-size", type=int, help="pixels (default: the preset's)")
-    add("--vae", metavar="FILE", help="a published KL-VAE, instead of training one")
+    add("--vae", metavar="FILE", help="a published KL-VAE, instead of training one (transdiff)")
+    add("--tokenizer", metavar="FILE", help="a trained or published tokenizer, instead of training one (dar)")
     add("--init", metavar="FILE", help="weights to start from: of another stage, another size, or a released file")
     add("--out", help="where the run lives (default: runs/<model>)")
     add("--fresh", action="store_true", help="begin anew where there is a run already")
@@ -60,7 +63,7 @@ def arguments():
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, but not for tiny")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--workers", type=int, help="processes that load images (default: up to 4)")
-    add("--cache", metavar="DIR", help="where latents are cached (default: <out>/cache); off: encode on the fly")
+    add("--cache", metavar="DIR", help="where latents or tokens are cached (default: <out>/cache); off: encode on the fly")
     add("--log-every", type=int, default=50, metavar="N", help="steps (default: 50)")
     add("--save-every", type=int, default=500, metavar="N", help="steps (default: 500)")
     add("--sample-every", type=int, default=1000, metavar="N", help="steps between sample grids (default: 1000)")
@@ -220,8 +223,9 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
             batch = batch if batch.dtype != torch.uint8 else common.to_float(batch)
             if first:
                 with torch.no_grad():
-                    stored = batch if args.cache != "off" else first.encode(batch.flatten(0, -4))
-                    batch = stage.codes(first, stored.flatten(0, -4)).unflatten(0, batch.shape[:-3])
+                    lead = batch.shape[:2 if group > 1 else 1]
+                    flat = batch.flatten(0, len(lead) - 1)
+                    batch = stage.codes(first, flat if args.cache != "off" else first.encode(flat)).unflatten(0, lead)
             last = micro_step == args.accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
