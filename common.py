@@ -64,26 +64,29 @@ def command(main):
 
 def override(config, assignments):
     """A copy of a (nested) dataclass with `field=value` strings applied, typed by the field. Raises UserError."""
+    hints, changes, nested = typing.get_type_hints(type(config)), {}, {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         head, _, rest = name.strip().partition(".")
-        hints = typing.get_type_hints(type(config))
         if not equals or head not in hints:
             raise UserError(f"--set {assignment}: no such field; the fields are {', '.join(hints)}")
-        value, kind = getattr(config, head), hints[head]
+        kind = hints[head]
         try:
-            if dataclasses.is_dataclass(value):
-                value = override(value, [f"{rest}={text}"])
+            if dataclasses.is_dataclass(kind):
+                nested.setdefault(head, []).append(f"{rest}={text}")
             elif kind is bool:
-                value = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+                changes[head] = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
             elif typing.get_origin(kind) is tuple:
-                value = tuple(typing.get_args(kind)[0](part) for part in text.split(",") if part)
+                changes[head] = tuple(typing.get_args(kind)[0](part) for part in text.split(",") if part)
             else:
-                value = kind(text)
-            config = dataclasses.replace(config, **{head: value})
+                changes[head] = kind(text)
         except (KeyError, ValueError) as error:
             raise UserError(f"--set {assignment}: {head} is a {getattr(kind, '__name__', kind)} ({error})") from None
-    return config
+    changes |= {head: override(getattr(config, head), parts) for head, parts in nested.items()}
+    try:
+        return dataclasses.replace(config, **changes)  # all at once: only together they need to make sense
+    except ValueError as error:
+        raise UserError(f"--set {' '.join(assignments)}: {error}") from None
 
 
 def rebuild(kind, values):

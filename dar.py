@@ -56,12 +56,11 @@ class TokenizerConfig:
     times: str = "shifted"          # in training: u uniform and t = S(u), "shifted" (released), or t "uniform" (Sec. 4)
     repa_layer: int = 8             # REPA looks at the stream before this block; 0: the model has no REPA head
     steps: int = 8                  # sampler defaults: diffusion steps,
-    solver: str = "adams"           # "euler"; "adams": Adams-Bashforth with the weights of equal steps (released);
-                                    # "adams-exact": with the weights of the steps' true lengths;
+    solver: str = "adams"           # "euler", or "adams": two-step Adams-Bashforth
     preview: str = "solver"         # previews jump to t = 1 by the "solver's" step (released) or along "v" (Sec. 5.1)
 
     def __post_init__(self):
-        for name, values in (("times", ("shifted", "uniform")), ("solver", ("euler", "adams", "adams-exact")),
+        for name, values in (("times", ("shifted", "uniform")), ("solver", ("euler", "adams")),
                              ("preview", ("solver", "v"))):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is one of {', '.join(values)}, not {getattr(self, name)}")
@@ -104,7 +103,7 @@ class Config:
         if self.tokenizer.image_size != self.image_size:
             object.__setattr__(self, "tokenizer", dataclasses.replace(self.tokenizer, image_size=self.image_size))
         grid, t = self.image_size // self.tokenizer.pixel_patch, self.tokenizer
-        if self.dim % self.heads or self.dim // self.heads % 2:
+        if self.heads < 1 or self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} is not divisible into {self.heads} heads of even width")
         if self.crops not in (1, 10):
             raise ValueError("crops is 1 or 10")
@@ -491,9 +490,8 @@ class Decoding:
         group = self.z[:, self.starts[i]:self.ends[i]]
         v = self.tokenizer.pixels(self.x, torch.full((1,), t, device=self.x.device), group)[0]
         w = v
-        if self.before is not None and c.solver != "euler":                                # Adams-Bashforth, two steps
-            r = 1.0 if c.solver == "adams" else h / (t - self.times[i - 1])
-            w = (1 + r / 2) * v - r / 2 * self.before
+        if self.before is not None and c.solver == "adams":
+            w = 1.5 * v - 0.5 * self.before  # as for equal steps; S is smooth, so the order is 2 on unequal ones, too
         self.image = (self.x + (1 - t) * (w if c.preview == "solver" or i == c.steps - 1 else v)) / c.data_std
         self.x, self.before, self.done = self.x + h * w, v, i + 1
         if self.on_step:
@@ -772,7 +770,7 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         share = ordered.softmax(-1)
-        behind = share.cumsum(-1) - share > top_p                                          # the one that crosses p stays
+        behind = share.cumsum(-1) - share > top_p  # the one that crosses p stays
         logits = logits.masked_fill(torch.zeros_like(behind).scatter(1, order, behind), -math.inf)
     return logits.softmax(-1)
 
@@ -966,8 +964,8 @@ def ar_from_released(state, path="the checkpoint", **overrides):
     try:
         V, D = state["token_embed.weight"].shape
         preset = next((p for p in PRESETS.values() if p.dim == D and p.depth > 4), Config())
-        fields = dict(dim=D, depth=count(r"layers\.(\d+)", state), heads=D // HEAD, cfg=preset.cfg,
-                      classes=len(state["class_embed.weight"]) - 1)
+        fields = dict(dim=D, depth=count(r"layers\.(\d+)", state), heads=max(D // HEAD, 1), cfg=preset.cfg,
+                      lpips_weight=0.0, repa_weight=0.0, classes=len(state["class_embed.weight"]) - 1)
         tokenizer = TokenizerConfig(codebook=V)
         model = Llama(Config(**{"tokenizer": tokenizer, **fields, **overrides}))
     except (KeyError, ValueError) as error:

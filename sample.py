@@ -5,6 +5,9 @@
     python sample.py --model transdiff --out denoising.gif
     python sample.py --model transdiff --fuse star,heart --out fused.png
     python sample.py --model transdiff --ckpt TransDiff-L.pth --vae kl16.ckpt --classes 207,360
+    python sample.py --model dar --stream --classes star,heart --out growing.png  # previews while tokens are generated
+    python sample.py --model dar --prefix-image photo.jpg --prefix-tokens 0,8,16 --classes star,heart
+    python sample.py --model dar --reconstruct photo.jpg drawing.png              # what the tokenizer keeps of pictures
     torchrun --nproc_per_node 8 -- sample.py --model transdiff --n 50000 --out samples.npz
 
 Image k of a seed is the same image whatever the batch size or the number of GPUs. An interrupted .npz or folder goes
@@ -22,11 +25,16 @@ import torch
 import torch.distributed as dist
 
 import common
+import dar
 import transdiff
 from common import UserError
 
-MODELS = {"transdiff": transdiff}
+MODELS = {"transdiff": transdiff, "dar": dar}
 FRAMES = 24  # of an animation, the result not counted
+SAMPLER = {"transdiff": ("cfg", "interval", "steps", "solver", "drift_scale", "noise_scale", "rounds", "features"),
+           "dar": ("cfg", "interval", "steps", "solver", "preview", "temperature", "top_k", "top_p", "tokens")}
+OTHERS = {"transdiff": ("vae", "fuse"), "dar": ("tokenizer", "stream", "prefix_image", "prefix_tokens", "reconstruct")}
+SOLVERS = {"transdiff": ("maruyama", "euler"), "dar": ("adams", "euler")}
 
 
 def arguments():
@@ -36,7 +44,8 @@ def arguments():
     add("--model", choices=MODELS, required=True)
     add("--run", metavar="DIR", help="runs/<model>, or one stage in it (default: runs/<model>, its last stage)")
     add("--ckpt", metavar="FILE", help="a released checkpoint instead of a run")
-    add("--vae", metavar="FILE", help="the KL-VAE (default: the one the run was trained with)")
+    add("--vae", metavar="FILE", help="transdiff: the KL-VAE (default: the one the run was trained with)")
+    add("--tokenizer", metavar="FILE", help="dar: the tokenizer (default: the one the run was trained with)")
     add("--raw", action="store_true", help="the weights themselves, not their moving average (EMA)")
     add("--classes", help="ids or names, separated by commas (default: all; of more than ten, ten for a picture)")
     add("--n", type=int, help="images, balanced over the classes and in their order (default: 8 for each)")
@@ -47,25 +56,46 @@ def arguments():
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on CUDA, else fp32")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--cfg", type=guidance, help="guidance scale: 1 is off (and costs half), 0 unconditional; 1.1:10 runs linearly"
-                                     " over the steps; 1,1.2,1.3,1.4: one for each MRAR round")
-    add("--interval", type=numbers, metavar="A,B", help="guide only while t is in A .. B")
+                                     " over the steps or tokens; 1,1.2,1.3,1.4: one for each MRAR round")
+    add("--interval", type=numbers, metavar="A,B", help="guide only while t (dar: the share of tokens) is in A .. B")
     add("--steps", type=int, help="denoising steps")
-    add("--solver", help="transdiff: maruyama (stochastic, Eq. 18) or euler")
+    add("--solver", help="transdiff: maruyama (stochastic, Eq. 18) or euler; dar: adams or euler")
     add("--drift-scale", type=float, help="transdiff: s1 of Eq. 18")
     add("--noise-scale", type=float, help="transdiff: s2 of Eq. 18")
     add("--rounds", type=int, help="transdiff, MRAR: stop after this many images")
     add("--fuse", metavar="A,B", help="transdiff: half of the features from class A, half from class B")
     add("--features", type=int, metavar="K", help="transdiff: use only K of the semantic features")
+    add("--temperature", type=float, help="dar: of the tokens; 0 takes the most likely one")
+    add("--top-k", type=int, help="dar: draw from the k most likely tokens (0: from all)")
+    add("--top-p", type=float, help="dar: draw from the most likely tokens that together have this probability")
+    add("--tokens", type=int, help="dar: stop after so many tokens; the picture is the preview (Table 5)")
+    add("--preview", choices=("solver", "v"), help="dar: previews by the solver's step or along v (Sec. 5.1)")
+    add("--stream", action="store_true", help="dar: x.png (a row per image, a column per step) or x.gif grows while the"
+                                              " tokens are generated")
+    add("--prefix-image", metavar="FILE", help="dar: the first tokens come from this picture (Fig. 6)")
+    add("--prefix-tokens", type=counts, metavar="K[,K...]", help="dar: how many; of several, a row for each")
+    add("--reconstruct", nargs="+", metavar="FILE", help="dar: picture files, a folder, or a data set's name (its test"
+                                                         " images): original, previews, reconstruction")
+    add("--data-root", default="data", help="where --reconstruct finds named data sets")
     args = parser.parse_args()
-    for name in ("n", "batch_size", "steps", "rounds", "features"):
+    for name in ("n", "batch_size", "steps", "rounds", "features", "tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is 1 or more, not {value}")
+    for name in {x for options in (SAMPLER, OTHERS) for own in options.values() for x in own}:
+        if getattr(args, name) and name not in (*SAMPLER[args.model], *OTHERS[args.model]):
+            parser.error(f"--{name.replace('_', '-')} is not an option of {args.model}")
     if args.seed < 0:
         parser.error(f"--seed is 0 or more, not {args.seed}")
-    if args.solver not in (None, "maruyama", "euler"):
-        parser.error(f"--solver is maruyama or euler, not {args.solver}")
+    if args.solver not in (None, *SOLVERS[args.model]):
+        parser.error(f"--solver is {' or '.join(SOLVERS[args.model])}, not {args.solver}")
+    if isinstance(args.cfg, list) and args.model != "transdiff":
+        parser.error("--cfg with commas is for TransDiff's rounds: give one scale, or first:last")
     if args.ckpt and (args.run or args.raw):
         parser.error("--ckpt does not go with --run or --raw")
+    if bool(args.prefix_image) != (args.prefix_tokens is not None):
+        parser.error("--prefix-image and --prefix-tokens go together")
+    if args.stream and (args.prefix_image or args.tokens or Path(args.out).suffix.lower() not in (".png", ".gif")):
+        parser.error("--stream writes a .png or .gif, of all tokens and without a prefix")
     return args
 
 
@@ -75,6 +105,11 @@ def numbers(text):
     return low, high
 
 
+def counts(text):
+    """'0,8,16' as a list."""
+    return [int(part) for part in text.split(",")]
+
+
 def guidance(text):
     """A number, a linear pair a:b, or a list with one entry for each round."""
     def one(part):
@@ -82,38 +117,44 @@ def guidance(text):
     return [one(part) for part in text.split(",")] if "," in text else one(text)
 
 
+def run_file(args, stages):
+    """The weights of the last of these stages that the run has."""
+    folder = Path(args.run or f"runs/{args.model}")
+    for path in (folder, *(folder / stage.name for stage in reversed(stages))):
+        if (path / "model.pt").exists():
+            return path / "model.pt"
+    raise UserError(f"no trained stage in {folder}: python train.py --model {args.model} makes one")
+
+
 def load(args, device):
     """The model, its first stage, and what is known about them."""
     module = MODELS[args.model]
+    source = next(stage for stage in module.STAGES if stage.load)
+    given = getattr(args, source.name)
     if args.ckpt:
         model = module.load_official(args.ckpt)
-        about, first = {"checkpoint": args.ckpt, "stage": "released", "classes": None}, args.vae
+        about, first = {"checkpoint": args.ckpt, "stage": "released", "classes": None}, given
         if not first:
-            raise UserError("--ckpt needs the published first stage: give --vae FILE")
+            raise UserError(f"--ckpt needs the published first stage: give --{source.name} FILE")
     else:
-        folder = Path(args.run or f"runs/{args.model}")
         stages = [stage for stage in module.STAGES if stage.first]
-        found = [s / "model.pt" for s in (folder, *(folder / stage.name for stage in reversed(stages)))
-                 if (s / "model.pt").exists()]
-        if not found:
-            raise UserError(f"no trained stage in {folder}: python train.py --model {args.model} makes one")
-        content = common.read(found[0])
+        path = run_file(args, stages)
+        content = common.read(path)
         if content.get("family") != args.model:
-            raise UserError(f"{found[0]} is not a run of {args.model}")
+            raise UserError(f"{path} is not a run of {args.model}")
         stage = next((s for s in stages if s.name == content["stage"]), None)
         if not stage:
-            raise UserError(f"{found[0]} holds stage {content['stage']}, which makes no pictures of its own")
+            raise UserError(f"{path} holds stage {content['stage']}, which makes no pictures of its own")
         model = stage.build(common.rebuild(module.Config, content["config"]))
-        weights = common.read(found[0].with_name("state.pt"))["model"] if args.raw else content["model"]
-        common.load_strict(model, weights, found[0])
-        first = args.vae or found[0].parent / content["first"]
-        about = {"checkpoint": str(found[0]), "classes": content["classes"], "weights": "raw" if args.raw else "EMA",
+        weights = common.read(path.with_name("state.pt"))["model"] if args.raw else content["model"]
+        common.load_strict(model, weights, path)
+        first = given or path.parent / content["first"]
+        about = {"checkpoint": str(path), "classes": content["classes"], "weights": "raw" if args.raw else "EMA",
                  **{k: content[k] for k in ("stage", "size", "step", "data")}}
-    model = model.to(device).eval().requires_grad_(False)
-    path, first = first, next(s for s in module.STAGES if s.load).load(first).to(device)
-    has, needs = ((c.channels, c.factor) for c in (first.config, model.config.vae))
-    if has != needs:
-        raise UserError(f"{path} has {has[0]} channels at f{has[1]}, the model needs {needs[0]} at f{needs[1]}")
+    if not hasattr(model, "sample"):
+        raise UserError(f"{args.ckpt} holds a {source.name}, which makes no pictures of its own")
+    model, first = model.to(device).eval().requires_grad_(False), source.load(first).to(device)
+    module.check(model, first)
     return model, first, {"model": args.model, **about, "weights_hash": common.fingerprint(model)}
 
 
@@ -135,19 +176,24 @@ def main():
     """Samples this rank's share into a table on disk; rank 0 makes the file or folder of it."""
     args = arguments()
     rank, world, device = common.distributed(args.device)
+    if args.reconstruct:
+        if world > 1:
+            raise UserError("--reconstruct is a job for one process")
+        return reconstruct(args, device)
     module = MODELS[args.model]
     model, first, about = load(args, device)
     config, names = model.config, about.pop("classes")
     kind = Path(args.out).suffix.lower() or "folder"
     if kind not in (".png", ".gif", ".npz", "folder"):
         raise UserError(f"--out {args.out}: a file .png, .gif or .npz, or a folder")
+    if args.stream and world > 1:
+        raise UserError("--stream is a job for one process")
     table = Path(f"{args.out.rstrip('/')}.partial")  # a job that was interrupted may have begun to fill its folder
     if kind == "folder" and Path(args.out).is_dir() and any(Path(args.out).iterdir()) and not table.exists():
         raise UserError(f"--out {args.out}: the folder is not empty")
 
-    # Whose pictures: labels in the order of the classes, as many of each.
-    options = {name: value for name in ("cfg", "interval", "steps", "solver", "drift_scale", "noise_scale", "rounds",
-                                        "features") if (value := getattr(args, name)) is not None}
+    # Whose pictures: labels in the order of the classes, as many of each; all of them again for each prefix length.
+    options = {name: value for name in SAMPLER[args.model] if (value := getattr(args, name)) is not None}
     if args.fuse:
         classes = class_ids(args.fuse, names, config.classes)
         if len(classes) != 2 or args.classes:
@@ -158,37 +204,51 @@ def main():
     else:
         few = kind in (".png", ".gif") and config.classes > 10
         classes = np.linspace(0, config.classes - 1, 10 if few else config.classes).round().astype(int).tolist()
-    n = args.n or 8 * len(classes)
-    labels = torch.tensor([classes[i * len(classes) // n] for i in range(n)])
+    prefixes = args.prefix_tokens or [0]
+    each = args.n or (1 if args.stream or len(prefixes) > 1 else 8) * len(classes)
+    labels = torch.tensor([classes[i * len(classes) // each] for i in range(each)] * len(prefixes))
+    n = len(labels)
+    if args.prefix_image:
+        reference, (_, codes) = prefix_codes(args, first, device)
     precision = args.precision or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
-    defaults = {name: getattr(config, name) for name in ("cfg", "steps", "solver", "drift_scale", "noise_scale")
-                if hasattr(config, name)}
+    defaults = {name: getattr(config if hasattr(config, name) else first.config, name)
+                for name in SAMPLER[args.model] if hasattr(config, name) or hasattr(first.config, name)}
     meta = {**about, **defaults, **options, "fuse": args.fuse, "seed": args.seed, "count": n, "labels": "balanced",
-            "classes": classes, "precision": precision, "torch": str(torch.__version__)}
+            "classes": classes, "precision": precision, "torch": str(torch.__version__),
+            **({"prefix_image": args.prefix_image, "prefix_tokens": prefixes} if args.prefix_image else {})}
     meta = json.loads(json.dumps(meta))
 
-    # Sampling. The table holds the images (and, for an animation, the frames before them) of all ranks.
+    # Sampling. The table holds the images (and, for an animation or a stream, the previews before them) of all ranks.
     if rank == 0 and kind in (".png", ".gif"):
         shutil.rmtree(table, ignore_errors=True)
-    frames = FRAMES * (kind == ".gif") + 1
+    frames = meta["steps"] if args.stream else FRAMES * (kind == ".gif") + 1
     rows = common.Rows(table, (n, frames, config.image_size, config.image_size, 3), np.uint8, meta)
     todo = rows.todo(rank, world)
     facts, begun = {}, time.perf_counter()  # facts: means over this rank's images
     bar = common.progress(len(todo), "sampling", "img", rank)
     for at in range(0, len(todo), args.batch_size):
         index = todo[at:at + args.batch_size]
-        noise, seen = common.Noise.of(args.seed, index, device), []
+        noise, seen = common.Noise.of(args.seed, [i % each for i in index], device), []
         if args.fuse:
             options["fuse"] = torch.full((len(index),), other, device=device)
+        if args.prefix_image:
+            given = torch.tensor([prefixes[i // each] for i in index], device=device)[:, None]
+            options["prefix"] = torch.where(torch.arange(len(codes), device=device) < given, codes, -1)
+
+        def on_step(images, seen=seen, index=index):
+            seen.append(common.to_uint8(images).cpu())
+            if args.stream:
+                rows.rows[index, len(seen) - 1] = seen[-1].permute(0, 2, 3, 1).numpy()
+                shown = rows.rows if kind == ".png" else rows.rows[:, :len(seen)]
+                write(Path(args.out), kind, shown, labels, names, len(classes), strip=True)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            images, about_batch = module.generate(
-                model, first, labels[index].to(device), noise, **options,
-                on_step=(lambda x: seen.append(common.to_uint8(x).cpu())) if kind == ".gif" else None)
+            images, about_batch = module.generate(model, first, labels[index].to(device), noise, **options,
+                                                  on_step=on_step if kind == ".gif" or args.stream else None)
         for name, value in about_batch.items():
             facts[name] = facts.get(name, 0) + value * len(index) / len(todo)
         if not torch.isfinite(images).all():
             raise UserError("the samples are not finite: try --precision fp32, more --steps or a smaller --cfg")
-        chosen = np.linspace(0, len(seen) - 1, FRAMES).round().astype(int) if seen else []
+        chosen = np.linspace(0, len(seen) - 1, frames - 1).round().astype(int) if seen else []
         film = torch.stack([*(seen[i] for i in chosen), common.to_uint8(images).cpu()], 1)      # (b, frames, 3, h, w)
         rows.write(index, film.permute(0, 1, 3, 4, 2).numpy())
         bar.update(len(index))
@@ -199,7 +259,15 @@ def main():
     if args.fuse and names:
         names = [f"{names[classes[0]]} + {names[other]}"] * len(names)
     if rank == 0:
-        write(Path(args.out), kind, rows.rows, labels, names, len(classes))
+        headings = None
+        if args.prefix_image:
+            meta["distance_to_reference"] = [round(float(np.sqrt(((block / 127.5 - reference / 127.5)**2).mean())), 4)
+                                             for block in rows.rows[:, -1].astype(float).reshape(len(prefixes), each,
+                                                                                                 *reference.shape)]
+            print("root mean square distance to the reference (images in -1 .. 1): " + ", ".join(
+                f"{d:.3f} with {k} tokens" for k, d in zip(prefixes, meta["distance_to_reference"], strict=True)))
+            headings = [f"{k} tokens" for k in prefixes] if len(prefixes) > 1 else None
+        write(Path(args.out), kind, rows.rows, labels, names, len(classes), args.stream, headings)
         beside = Path(args.out, "meta.json") if kind == "folder" else Path(args.out).with_suffix(".meta.json")
         facts = {name: round(value, 4) for name, value in facts.items()}
         with common.atomic(beside) as f:
@@ -212,21 +280,83 @@ def main():
         dist.destroy_process_group()
 
 
-def write(out, kind, rows, labels, names, classes):
+def picture_file(path, size):
+    """The centre of a picture file, RGB."""
+    try:
+        with common.Image.open(path) as image:
+            return common.centre_crop(common.rgb(image), size)
+    except common.UNREADABLE as error:
+        raise UserError(f"cannot read {path} as a picture: {error}") from None
+
+
+def prefix_codes(args, tokenizer, device):
+    """--prefix-image: its pixels (h, w, 3) as uint8, and its codes."""
+    most = tokenizer.config.queries
+    if wrong := [k for k in args.prefix_tokens if not 0 <= k <= most]:
+        raise UserError(f"--prefix-tokens {wrong[0]}: the tokenizer has {most} tokens")
+    image = common.from_pil(picture_file(args.prefix_image, tokenizer.config.image_size))
+    return image.permute(1, 2, 0).numpy(), (image, tokenizer.encode(common.to_float(image[None]).to(device))[0].long())
+
+
+def reconstruct(args, device):
+    """--reconstruct: originals, previews from more and more tokens, and reconstructions in one picture."""
+    source = next(stage for stage in MODELS[args.model].STAGES if stage.load)
+    path = getattr(args, source.name) or run_file(args, [source])
+    tokenizer = source.load(path).to(device)
+    c = tokenizer.config
+    if len(args.reconstruct) == 1 and not Path(args.reconstruct[0]).is_file():
+        data = common.load_data(args.reconstruct[0], args.data_root, c.image_size, "test")
+        n = min(args.n or 16, len(data.labels))
+        originals = [common.centre_crop(data.read(i), c.image_size) for i in range(n)]
+        names = [data.classes[label] for label in data.labels[:n]]
+    else:
+        originals = [picture_file(file, c.image_size) for file in args.reconstruct]
+        names = [Path(file).stem[:16] for file in args.reconstruct]
+    if Path(args.out).suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: --reconstruct writes a .png")
+    images = torch.stack([common.from_pil(image) for image in originals])
+    strips, codes = [], []
+    bar = common.progress(len(images), "reconstructing", "img")
+    for index in torch.arange(len(images)).split(args.batch_size):
+        noise = common.Noise.of(args.seed, index.tolist(), device).normal((3, c.image_size, c.image_size))
+        seen = [images[index]]
+        codes.append(tokenizer.encode(common.to_float(images[index]).to(device)))
+        tokenizer.decode(codes[-1], noise, steps=args.steps, solver=args.solver, preview=args.preview,
+                         on_step=lambda k, x, seen=seen: seen.append(common.to_uint8(x).cpu()))
+        strips.append(torch.stack(seen, 1))                                                # (b, 1 + steps, 3, h, w)
+        bar.update(len(index))
+    bar.close()
+    strips = torch.cat(strips)
+    error = (common.to_float(strips[:, :1]) - common.to_float(strips[:, 1:])).square().mean((2, 3, 4))
+    psnr = (10 * torch.log10(4 / error.clamp(min=1e-9))).mean(0)
+    usage = len(torch.cat(codes).unique()) / c.codebook
+    shown = strips[:16]
+    common.save_picture(args.out, common.grid(shown.flatten(0, 1), shown.shape[1], names))
+    print(f"wrote {args.out}: original and the image after each step for {len(shown)} pictures; of {len(strips)}"
+          f" pictures: {psnr[-1]:.2f} dB PSNR (after each step {', '.join(f'{p:.1f}' for p in psnr)}),"
+          f" {100 * usage:.1f} % of {c.codebook} codes used")
+
+
+def write(out, kind, rows, labels, names, classes, strip=False, headings=None):
     """The file or folder of the table's rows (n, frames, h, w, 3)."""
-    n = len(rows)
+    n, frames = rows.shape[:2]
     if kind == ".npz":
         with common.atomic(out) as f:
             np.savez(f, arr_0=rows[:, -1], arr_1=labels.numpy())
     elif kind == "folder":
         for k, image in enumerate(rows[:, -1]):
             common.save_picture(out / f"{k:06d}_class{int(labels[k])}.png", common.Image.fromarray(image))
+    elif strip and kind == ".png":
+        pictures = torch.from_numpy(np.array(rows)).flatten(0, 1).permute(0, 3, 1, 2)
+        common.save_picture(out, common.grid(pictures, frames, [names[i] if names else str(i) for i in labels.tolist()]))
     else:
         by_class = n % classes == 0 and n // classes <= 32  # then every row is a class
         columns = n // classes if by_class else math.ceil(math.sqrt(n))
         shown = [names[i] if names else str(i) for i in labels[::columns].tolist()] if by_class else None
+        if headings:
+            columns, shown = n // len(headings), headings
         sheets = [common.grid(torch.from_numpy(np.array(rows[:, f])).permute(0, 3, 1, 2), columns, shown)
-                  for f in range(rows.shape[1])]
+                  for f in range(frames)]
         common.save_gif(out, sheets) if kind == ".gif" else common.save_picture(out, sheets[0])
 
 

@@ -520,6 +520,13 @@ def generate(model, vae, labels, noise, *, on_step=None, **options):
     return images, {"feature_similarity": diversity(model.last_features).mean().item()}
 
 
+def check(model, vae):
+    """Raises UserError if the model was made for another kind of VAE."""
+    has, needs = ((c.channels, c.factor) for c in (vae.config, model.config.vae))
+    if has != needs:
+        raise UserError(f"the VAE has {has[0]} channels at f{has[1]}, the model needs {needs[0]} at f{needs[1]}")
+
+
 def reconstructions(vae, first, images, labels, noise):
     """Images and what the VAE makes of them, in turn."""
     moments = vae.encode(images)                                                            # (B, 2z, h, w)

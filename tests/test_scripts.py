@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import common
+import dar
 import sample
 import train
 import transdiff
@@ -24,6 +25,10 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SMALL = ["--image-size", "16", "--device", "cpu", "--workers", "0", "--batch-size", "8", "--log-every", "1",
          "--set", "dim=32", "heads=2", "depth=2", "ar_depth=1", "features=16", "class_tokens=4", "dropout=0.1",
          "vae.width=8", "vae.channels=4", "vae.groups=4", "steps=3"]
+DAR = ["--model", "dar", *SMALL[:SMALL.index("--set")], "--set", "dim=32", "heads=2", "depth=2", "dropout=0.1",
+       *(f"tokenizer.{field}" for field in ("dim=64", "depth=1", "queries=8", "query_rows=8", "codebook=32", "groups=4",
+                                            "decoder_dim=64", "decoder_depth=1", "pixel_dim=64", "pixel_depth=2",
+                                            "steps=4"))]
 
 
 def run(*command, cwd=None, code=0):
@@ -69,6 +74,16 @@ def trained(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     said = run(ROOT / "train.py", "--model", "transdiff", "--data", pictures, "--out", out, "--steps", 2, *SMALL)
     assert all(f"stage {name}: done" in said for name in ("vae", "1step", "mrar"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained_dar(pictures, tmp_path_factory):
+    """A D-AR run of both stages, two steps each, by the real command."""
+    out = tmp_path_factory.mktemp("dar")
+    said = run(ROOT / "train.py", "--data", pictures, "--out", out, "--steps", 2, *DAR)
+    assert all(f"stage {name}: done" in said for name in ("tokenizer", "ar"))
+    assert "trained without LPIPS and REPA" in said
     return out
 
 
@@ -293,6 +308,89 @@ def test_a_mistake_ends_with_code_two(tmp_path):
     assert "no trained stage in runs/transdiff: python train.py --model transdiff makes one" in said
 
 
+# --- Training D-AR ----------------------------------------------------------------------------------------------------
+
+def test_dar_runs_say_what_the_codes_do(trained_dar):
+    for stage, parts in (("tokenizer", {"flow", "codebook", "commitment", "usage", "dead"}), ("ar", {"accuracy"})):
+        line = log_of(trained_dar / stage)[-1]
+        assert parts <= set(line) and 0 <= line[min(parts)] <= line["loss"] + 10
+        assert (trained_dar / stage / "samples/step_000002.png").exists()
+    assert not any("teacher" in name for name in common.read(trained_dar / "tokenizer/model.pt")["model"])
+
+
+def test_killed_dar_runs_end_bit_equal(pictures, tmp_path):
+    """As above, for tokenizer and AR model, dropout and cached tokens included."""
+    def arguments(out):
+        return [str(a) for a in ("--data", pictures, "--out", out, "--steps", 6, "--save-every", 3, "--sample-every",
+                                 100, *DAR)]
+
+    run(ROOT / "train.py", *arguments(tmp_path / "whole"))
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(root=str(ROOT), arguments=arguments(tmp_path / "killed")))
+    for _ in ("tokenizer", "ar"):
+        run(script, code=9)
+    run(ROOT / "train.py", *arguments(tmp_path / "killed"))
+    for stage in ("tokenizer", "ar"):
+        whole, killed = (common.read(tmp_path / name / stage / "state.pt") for name in ("whole", "killed"))
+        assert equal_tensors(whole, killed), stage
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "ar"])
+def test_two_dar_processes_are_one_with_the_same_batch(trained_dar, pictures, tmp_path, stage):
+    import shutil
+    arguments = ["--data", pictures, "--stage", stage, "--steps", 3, *DAR]
+    for out in ("one", "two"):
+        if stage == "ar":
+            shutil.copytree(trained_dar / "tokenizer", tmp_path / out / "tokenizer")
+    run(ROOT / "train.py", *arguments, "--out", tmp_path / "one", "--accumulate", 2, cwd=tmp_path)
+    torchrun(2, ROOT / "train.py", *arguments, "--out", tmp_path / "two", cwd=tmp_path)
+    for a, b in zip(log_of(tmp_path / "one" / stage), log_of(tmp_path / "two" / stage), strict=True):
+        for name in ("loss", "norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
+
+
+def test_tokens_are_cached_small_and_are_what_the_tokenizer_says(trained_dar, in_process, pictures, tmp_path):
+    """Ten crops: ten rows of 16-bit codes per picture, equal to encoding the crops; another run finds the cache."""
+    arguments = ["--data", pictures, "--out", tmp_path, "--stage", "ar", "--steps", 1, "--tokenizer",
+                 trained_dar / "tokenizer/model.pt", *DAR, "crops=10"]
+    in_process(train, *arguments)
+    folder = next((tmp_path / "cache").iterdir())
+    rows = np.load(folder / "rows.npy")
+    assert rows.shape == (18, 10, 8) and rows.dtype == np.int16
+    tokenizer = dar.load_tokenizer(trained_dar / "tokenizer/model.pt")
+    data = common.load_data(str(pictures), size=16)
+    crops = torch.stack([common.from_pil(crop) for crop in common.ten_crops(data.read(7), 16)])
+    assert np.array_equal(tokenizer.encode(common.to_float(crops)).numpy(), rows[7])
+    stamp = (folder / "rows.npy").stat().st_mtime_ns
+    in_process(train, *arguments, "--fresh")
+    assert (folder / "rows.npy").stat().st_mtime_ns == stamp
+
+
+def test_tokens_on_the_fly_are_the_cached_ones(trained_dar, in_process, pictures, tmp_path):
+    """--cache off with one view for each picture: the same tokens, so the same losses."""
+    logs = []
+    for cache in ("off", tmp_path / "cache"):
+        out = tmp_path / str(cache == "off")
+        in_process(train, "--data", pictures, "--out", out, "--stage", "ar", "--tokenizer",
+                   trained_dar / "tokenizer/model.pt", "--steps", 3, "--cache", cache, *DAR)
+        logs.append([line["loss"] for line in log_of(out / "ar")])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--size", "m"], "tiny, b, l, xl, xxl"), (["--stage", "vae"], "tokenizer, ar"),
+    (["--stage", "ar"], "train stage tokenizer, or give --tokenizer FILE"),
+    (["--set", "tokenizer.groups=5"], "a multiple of 5 groups"), (["--set", "tokenizer.beta=x"], "beta is a float"),
+    (["--set", "repa_weight=0.5"], "REPA needs a patch grid"), (["--tokenizer", "x.pt"], "x.pt, which is not there")])
+def test_mistakes_in_training_dar_are_one_line(in_process, tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((common.UserError, SystemExit)) as caught:
+        in_process(train, "--model", "dar", "--steps", 1, *arguments)
+    said = str(caught.value) if isinstance(caught.value, common.UserError) else capsys.readouterr().err
+    assert words in said
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 # --- Sampling ---------------------------------------------------------------------------------------------------------
 
 def arrays(path):
@@ -408,6 +506,111 @@ def test_mistakes_in_sampling_are_one_line(trained, in_process, tmp_path, monkey
     assert not list(tmp_path.glob("samples*.png"))
 
 
+# --- Sampling D-AR ----------------------------------------------------------------------------------------------------
+
+def test_dar_samples_by_the_real_command(trained_dar, tmp_path):
+    """A set from one process and from two, of other batch sizes; guidance as a pair; what was done is written down."""
+    common_part = ["--model", "dar", "--run", trained_dar, "--n", 6, "--cfg", "1.1:4", "--top-k", 9, "--out"]
+    run(ROOT / "sample.py", *common_part, tmp_path / "one.npz")
+    torchrun(2, ROOT / "sample.py", *common_part, tmp_path / "two.npz", "--batch-size", 2)
+    (one, labels), (two, _) = arrays(tmp_path / "one.npz"), arrays(tmp_path / "two.npz")
+    assert one.shape == (6, 16, 16, 3) and labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert np.abs(one.astype(int) - two.astype(int)).max() <= 1
+    meta = json.loads((tmp_path / "one.meta.json").read_text())
+    assert (meta["stage"], meta["cfg"], meta["top_k"], meta["steps"], meta["solver"]) == ("ar", [1.1, 4], 9, 4, "adams")
+
+
+def test_streamed_pictures_grow_while_tokens_come(trained_dar, in_process, tmp_path, monkeypatch):
+    """The file on disk has one column more after each group; at the end its last column is the result."""
+    widths, whole = [], dar.Decoding.advance
+
+    def watched(self):
+        whole(self)
+        with Image.open(tmp_path / "x.png") as picture:
+            ink = np.asarray(picture).astype(int).sum((0, 2))
+        widths.append(sum(ink[k * 66 + 90:k * 66 + 110].mean() for k in range(4)))
+    monkeypatch.setattr(dar.Decoding, "advance", watched)
+    arguments = ["--model", "dar", "--run", trained_dar, "--device", "cpu", "--n", 3]
+    in_process(sample, *arguments, "--stream", "--out", tmp_path / "x.png")
+    assert len(widths) == 4 and sorted(widths) == widths and len(set(widths)) == 4
+    monkeypatch.setattr(dar.Decoding, "advance", whole)
+    in_process(sample, *arguments, "--out", tmp_path / "plain.npz")
+    strip = np.asarray(Image.open(tmp_path / "x.png"))
+    for k, image in enumerate(arrays(tmp_path / "plain.npz")[0]):
+        corner = strip[2 + 66 * k:66 * (k + 1), -66:-2]
+        assert np.array_equal(corner[::4, ::4], image)
+    in_process(sample, *arguments, "--stream", "--out", tmp_path / "x.gif")
+    with Image.open(tmp_path / "x.gif") as film:
+        assert film.n_frames >= 2  # equal frames are one in a GIF
+
+
+def test_the_layout_of_a_picture_is_kept(trained_dar, in_process, pictures, tmp_path, capsys):
+    """All tokens given: its reconstruction whatever the label. None: the plain samples. Rows differ in nothing else."""
+    arguments = ["--model", "dar", "--run", trained_dar, "--device", "cpu", "--classes", "star,circle", "--n", 2]
+    file = pictures / "triangle/0.png"
+    in_process(sample, *arguments, "--prefix-image", file, "--prefix-tokens", "0,4,8", "--out", tmp_path / "x.npz")
+    said = capsys.readouterr().out
+    images, labels = arrays(tmp_path / "x.npz")
+    assert labels.tolist() == [1, 0] * 3
+    in_process(sample, *arguments, "--out", tmp_path / "free.npz")
+    assert np.array_equal(images[:2], arrays(tmp_path / "free.npz")[0])
+    tokenizer = dar.load_tokenizer(trained_dar / "tokenizer/model.pt")
+    picture = common.to_float(common.from_pil(Image.open(file).convert("RGB"))[None])
+    noise = common.Noise.of(0, range(2)).normal((3, 16, 16))
+    both = common.to_uint8(tokenizer.decode(tokenizer.encode(picture).expand(2, -1), noise)).permute(0, 2, 3, 1).numpy()
+    assert np.abs(images[4:].astype(int) - both).max() <= 1
+    distance = json.loads((tmp_path / "x.meta.json").read_text())["distance_to_reference"]
+    expected = [np.sqrt(np.mean(((images[2 * k:2 * k + 2].astype(float) - np.asarray(Image.open(file).convert("RGB")))
+                                 / 127.5) ** 2)) for k in range(3)]
+    assert distance == pytest.approx(expected, abs=1e-3) and f"{distance[1]:.3f} with 4 tokens" in said
+    in_process(sample, *arguments, "--prefix-image", file, "--prefix-tokens", "0,4", "--out", tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").height == 2 + 2 * 66
+
+
+def test_reconstructions_of_files(trained_dar, in_process, pictures, tmp_path, capsys):
+    """Original, one column per step, and figures that follow from them."""
+    files = [pictures / "star/0.png", pictures / "circle/1.png"]
+    in_process(sample, "--model", "dar", "--run", trained_dar, "--device", "cpu", "--reconstruct", *files, "--out",
+               tmp_path / "x.png")
+    said = capsys.readouterr().out
+    sheet = np.asarray(Image.open(tmp_path / "x.png"))[2:, -5 * 66:]
+    tiles = [[sheet[66 * r:66 * r + 64:4, 66 * k:66 * k + 64:4].astype(float) for k in range(5)] for r in range(2)]
+    assert all(np.array_equal(tiles[r][0], np.asarray(Image.open(f).convert("RGB"))) for r, f in enumerate(files))
+    psnr = np.mean([10 * np.log10(255**2 / np.mean((row[4] - row[0]) ** 2)) for row in tiles])
+    assert f"of 2 pictures: {psnr:.2f} dB" in said and "% of 32 codes used" in said
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--rounds", "2"], "--rounds is not an option of dar"), (["--vae", "x"], "--vae is not an option of dar"),
+    (["--solver", "maruyama"], "adams or euler"), (["--cfg", "1,2"], "one scale, or first:last"),
+    (["--tokens", "1"], "from 2 (one group) to 8"), (["--prefix-image", "x.png"], "go together"),
+    (["--prefix-image", "x.png", "--prefix-tokens", "3"], "cannot read x.png"),
+    (["--prefix-image", "x.png", "--prefix-tokens", "9"], "the tokenizer has 8 tokens"),
+    (["--stream", "--out", "x.npz"], "--stream writes a .png or .gif"), (["--top-p", "2"], "top-p is more than 0"),
+    (["--reconstruct", "x.png"], "no such folder"), (["--reconstruct", "x.png", "y.png"], "cannot read x.png"),
+    (["--tokenizer", "none.pt"], "no such file")])
+def test_mistakes_in_sampling_dar_are_one_line(trained_dar, in_process, tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((common.UserError, SystemExit)) as caught:
+        in_process(sample, "--model", "dar", "--run", trained_dar, "--n", 1, *arguments)
+    said = str(caught.value) if isinstance(caught.value, common.UserError) else capsys.readouterr().err
+    assert words in said
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_released_pair_makes_pictures(trained_dar, in_process, tmp_path):
+    """--ckpt with --tokenizer: an AR file in the released layout beside a tokenizer."""
+    with pytest.raises(common.UserError, match="give --tokenizer FILE"):
+        in_process(sample, "--model", "dar", "--ckpt", trained_dar / "ar/model.pt")
+    model = dar.Llama(dar.Config(dim=64, heads=1, depth=1, classes=4, repa_weight=0.0, tokenizer=dar.TokenizerConfig()))
+    state = {k.replace("class_embed", "cls_embedding.embedding_table").replace("token_embed", "tok_embeddings"): v
+             for k, v in model.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "ar.pt")
+    with pytest.raises(common.UserError, match="8 tokens of 32 codes, the model needs 256 of 16384"):
+        in_process(sample, "--model", "dar", "--ckpt", tmp_path / "ar.pt", "--tokenizer",
+                   trained_dar / "tokenizer/model.pt", "--out", tmp_path / "x.png")
+
+
 # --- The house --------------------------------------------------------------------------------------------------------
 
 def test_only_the_named_packages_are_imported():
@@ -420,8 +623,8 @@ def test_only_the_named_packages_are_imported():
     needed_by_torch = {"sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec", "typing_extensions",
                        "setuptools", "pytest", "pip", "packaging"}
     assert not {m.lower() for m in loaded} & (installed - asked - needed_by_torch)
-    doors = {"common": set(), "transdiff": {"common"}, "sample": {"common", "transdiff"},
-             "train": {"common", "transdiff"}}
+    doors = {"common": set(), "transdiff": {"common"}, "dar": {"common"},
+             "sample": {"common", "transdiff", "dar"}, "train": {"common", "transdiff", "dar"}}
     for room, may in doors.items():
         imported = {name for node in ast.walk(ast.parse((ROOT / f"{room}.py").read_text())) for name in (
             [alias.name for alias in node.names] if isinstance(node, ast.Import) else
