@@ -348,7 +348,8 @@ def write(out, kind, rows, labels, names, classes, strip=False, headings=None):
             common.save_picture(out / f"{k:06d}_class{int(labels[k])}.png", common.Image.fromarray(image))
     elif strip and kind == ".png":
         pictures = torch.from_numpy(np.array(rows)).flatten(0, 1).permute(0, 3, 1, 2)
-        common.save_picture(out, common.grid(pictures, frames, [names[i] if names else str(i) for i in labels.tolist()]))
+        shown = [names[i] if names else str(i) for i in labels.tolist()]
+        common.save_picture(out, common.grid(pictures, frames, shown))
     else:
         by_class = n % classes == 0 and n // classes <= 32  # then every row is a class
         columns = n // classes if by_class else math.ceil(math.sqrt(n))

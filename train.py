@@ -63,7 +63,7 @@ def arguments():
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, but not for tiny")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--workers", type=int, help="processes that load images (default: up to 4)")
-    add("--cache", metavar="DIR", help="where latents or tokens are cached (default: <out>/cache); off: encode on the fly")
+    add("--cache", metavar="DIR", help="where latents or tokens are cached (default: <out>/cache); off: made anew")
     add("--log-every", type=int, default=50, metavar="N", help="steps (default: 50)")
     add("--save-every", type=int, default=500, metavar="N", help="steps (default: 500)")
     add("--sample-every", type=int, default=1000, metavar="N", help="steps between sample grids (default: 1000)")

@@ -422,7 +422,8 @@ def released(module):
              (r"^positions", "decoder_embedding"), (r"^(pixels\.blocks\.\d+\.)condition", r"\1cond_embed"),
              (r"^pixels\.condition", "pixels.cond_mlp"), (r"^pixels\.input", "pixels.conv_in"),
              (r"^pixels\.output", "pixels.conv_out"), (r"^pixels\.repa", "pixels.repa_out"),
-             (r"\.cross\.", ".cross_attn."), (r"\.modulation", ".adaLN_modulation.1"), (r"\.time\.", ".time_embed.mlp."),
+             (r"\.cross\.", ".cross_attn."), (r"\.modulation", ".adaLN_modulation.1"),
+             (r"\.time\.", ".time_embed.mlp."),
              (r"^pixels\.", "diff_decoder.net."), (r"^class_embed", "cls_embedding.embedding_table"),
              (r"^token_embed", "tok_embeddings")]
     state = {}
@@ -453,8 +454,8 @@ def pickled(monkeypatch):
 
 @pytest.mark.parametrize("form", ["training", "no ema", "bare"])
 def test_released_tokenizers_load_in_every_form(tmp_path, pickled, form):
-    """EMA preferred; the pickled configuration is read as data; a bare state dict takes what shapes do not tell from the
-    published configuration or the caller."""
+    """EMA preferred; the pickled configuration is read as data; a bare state dict takes what shapes do not tell from
+    the published configuration or the caller."""
     t = tokenizer(image_size=128, repa_layer=1, pixel_patch=8)
     other = {k: v + 1 for k, v in released(t).items()}
     content = {"training": {"model": other, "ema": released(t), "args": argparse.Namespace(lr=1),
@@ -475,8 +476,8 @@ def test_released_tokenizers_load_in_every_form(tmp_path, pickled, form):
 def test_released_ar_files_load_in_every_form(tmp_path, key):
     model = llama(heads=1)
     state = {f"_orig_mod.{k}": v for k, v in released(model).items()}
-    torch.save({key: state, "ema": {k: v + 1 for k, v in state.items()}, "args": argparse.Namespace()} if key else state,
-               tmp_path / "ar.pt")
+    ema = {k: v + 1 for k, v in state.items()}
+    torch.save({key: state, "ema": ema, "args": argparse.Namespace()} if key else state, tmp_path / "ar.pt")
     loaded = dar.load_official(tmp_path / "ar.pt", repa_weight=0.0)
     codes, labels = codes_of(2), torch.tensor([0, 5])
     torch.testing.assert_close(loaded.logits(codes, labels), model.logits(codes, labels))

@@ -589,7 +589,8 @@ def test_reconstructions_of_files(trained_dar, in_process, pictures, tmp_path, c
     (["--stream", "--out", "x.npz"], "--stream writes a .png or .gif"), (["--top-p", "2"], "top-p is more than 0"),
     (["--reconstruct", "x.png"], "no such folder"), (["--reconstruct", "x.png", "y.png"], "cannot read x.png"),
     (["--tokenizer", "none.pt"], "no such file")])
-def test_mistakes_in_sampling_dar_are_one_line(trained_dar, in_process, tmp_path, monkeypatch, capsys, arguments, words):
+def test_mistakes_in_sampling_dar_are_one_line(trained_dar, in_process, tmp_path, monkeypatch, capsys, arguments,
+                                               words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((common.UserError, SystemExit)) as caught:
         in_process(sample, "--model", "dar", "--run", trained_dar, "--n", 1, *arguments)
