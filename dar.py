@@ -113,8 +113,8 @@ class Config:
 
 
 TINY_TOKENIZER = TokenizerConfig(
-    image_size=32, patch=4, dim=128, depth=2, queries=32, query_rows=32, codebook=512, decoder_dim=128, decoder_depth=2,
-    pixel_patch=4, pixel_dim=128, pixel_depth=4, repa_layer=0)
+    image_size=32, patch=4, dim=128, depth=2, queries=64, query_rows=64, codebook=512, code_dim=3, decoder_dim=128,
+    decoder_depth=2, pixel_patch=4, pixel_dim=128, pixel_depth=4, repa_layer=0)
 PRESETS = {
     "tiny": Config(image_size=32, classes=10, dim=192, heads=3, depth=4, dropout=0.0, cfg=(1.5, 1.5), crops=1,
                    lpips_weight=0.0, repa_weight=0.0, tokenizer=TINY_TOKENIZER),
@@ -861,7 +861,8 @@ PAPER_TOKENIZER = Recipe(lr=2e-4, batch=1024, epochs=210_000 * 1024 / IMAGENET, 
 PAPER_AR = Recipe(lr=4e-4, batch=1024, epochs=300, decay=50 / 300, final=1e-5 / 4e-4, weight_decay=0.05, clip=1.0)
 TOKENIZER = Stage(
     "tokenizer", build=trainable, load=load_tokenizer, preview=reconstructions,
-    recipes={"tiny": Recipe(lr=1e-3, batch=32, epochs=1, warmup=0.03, decay=0.4, weight_decay=0.0, clip=1.0, ema=0.998),
+    recipes={"tiny": Recipe(lr=3e-3, batch=16, epochs=1.2, warmup=0.02, decay=0.4, weight_decay=0.0, clip=1.0,
+                            ema=0.998),
              **dict.fromkeys(("b", "l", "xl", "xxl"), PAPER_TOKENIZER)},
     augment=lambda c: common.random_scale_crop if c.crops == 10 else common.centre_crop)
 AR = Stage(
