@@ -102,21 +102,17 @@ class Config:
     def __post_init__(self):
         if self.tokenizer.image_size != self.image_size:
             object.__setattr__(self, "tokenizer", dataclasses.replace(self.tokenizer, image_size=self.image_size))
-        grid, t = self.image_size // self.tokenizer.pixel_patch, self.tokenizer
         if self.heads < 1 or self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} is not divisible into {self.heads} heads of even width")
         if self.crops not in (1, 10):
             raise ValueError("crops is 1 or 10")
-        if self.repa_weight and (grid % 16 or not 0 < t.repa_layer < t.pixel_depth):
-            raise ValueError(f"REPA needs a patch grid of 16, 32, ... (this one is {grid}) and repa_layer below"
-                             f" pixel_depth; --set repa_weight=0 does without")
 
 
 TINY_TOKENIZER = TokenizerConfig(
     image_size=32, patch=4, dim=128, depth=2, queries=64, query_rows=64, codebook=512, code_dim=3, decoder_dim=128,
     decoder_depth=2, pixel_patch=4, pixel_dim=128, pixel_depth=4, repa_layer=0)
 PRESETS = {
-    "tiny": Config(image_size=32, classes=10, dim=192, heads=3, depth=4, dropout=0.0, cfg=(1.5, 1.5), crops=1,
+    "tiny": Config(image_size=32, classes=10, dim=192, heads=3, depth=4, dropout=0.0, cfg=(4.0, 4.0), crops=1,
                    lpips_weight=0.0, repa_weight=0.0, tokenizer=TINY_TOKENIZER),
     "b": Config(),
     "l": Config(dim=1024, heads=16, depth=24),
@@ -443,9 +439,11 @@ class Tokenizer(nn.Module):
             target = dino_features(self.teachers.networks[1], images)                      # (B, 256, 768)
             out["repa"] = (1 - F.cosine_similarity(features.float(), target, dim=-1)).mean()
             loss = loss + self.weights[1] * out["repa"]
+        elif c.repa_layer:
+            loss = loss + 0 * sum(p.sum() for p in self.pixels.repa.parameters())          # DDP wants all gradients
         if self.training:
             out["usage"] = self.quantizer.usage(codes)
-            out["dead"] = (codes.float().std(0) < 1e-5).float().mean()
+            out["dead"] = (codes == codes[:1]).all(0).float().mean()
         return {"loss": loss, **out}
 
     @torch.no_grad()
@@ -831,10 +829,13 @@ def check(model, tokenizer):
 
 def trainable(config):
     """A tokenizer with the networks that its loss asks for."""
-    weights = config.lpips_weight, config.repa_weight
+    weights, c = (config.lpips_weight, config.repa_weight), config.tokenizer
+    if weights[1] and (c.image_size // c.pixel_patch % 16 or not 0 < c.repa_layer < c.pixel_depth):
+        raise UserError(f"REPA needs a grid of 16, 32, ... patches (this one has {c.image_size // c.pixel_patch}) and"
+                        " repa_layer below pixel_depth; --set repa_weight=0 trains without")
     if not any(weights) and not int(os.environ.get("RANK", 0)):
         print("the tokenizer is trained without LPIPS and REPA (lpips_weight and repa_weight are 0)")
-    return Tokenizer(config.tokenizer, load_lpips(config.teachers) if weights[0] else None,
+    return Tokenizer(c, load_lpips(config.teachers) if weights[0] else None,
                      load_dino(config.teachers) if weights[1] else None, weights, config.lpips_dropout)
 
 
@@ -861,13 +862,13 @@ PAPER_TOKENIZER = Recipe(lr=2e-4, batch=1024, epochs=210_000 * 1024 / IMAGENET, 
 PAPER_AR = Recipe(lr=4e-4, batch=1024, epochs=300, decay=50 / 300, final=1e-5 / 4e-4, weight_decay=0.05, clip=1.0)
 TOKENIZER = Stage(
     "tokenizer", build=trainable, load=load_tokenizer, preview=reconstructions,
-    recipes={"tiny": Recipe(lr=3e-3, batch=16, epochs=1.2, warmup=0.02, decay=0.4, weight_decay=0.0, clip=1.0,
+    recipes={"tiny": Recipe(lr=3e-3, batch=16, epochs=1.6, warmup=0.02, decay=0.4, weight_decay=0.0, clip=1.0,
                             ema=0.998),
              **dict.fromkeys(("b", "l", "xl", "xxl"), PAPER_TOKENIZER)},
     augment=lambda c: common.random_scale_crop if c.crops == 10 else common.centre_crop)
 AR = Stage(
     "ar", build=Llama, first="tokenizer", codes=lambda tokenizer, codes: codes.long(),
-    recipes={"tiny": Recipe(lr=2e-3, batch=64, epochs=1, warmup=0.03, decay=0.5, weight_decay=0.05, clip=1.0,
+    recipes={"tiny": Recipe(lr=2e-3, batch=64, epochs=1.1, warmup=0.03, decay=0.5, weight_decay=0.05, clip=1.0,
                             ema=0.998),
              **dict.fromkeys(("b", "l", "xl", "xxl"), PAPER_AR)},
     augment=lambda c: common.one_of_ten_crops if c.crops == 10 else common.centre_crop,

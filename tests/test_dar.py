@@ -515,7 +515,7 @@ def test_published_sizes_have_the_published_parameters():
 # --- Configuration ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes", [["tokenizer.queries=13"], ["tokenizer.dim=100"], ["tokenizer.patch=5"],
-                                     ["tokenizer.solver=rk4"], ["heads=5"], ["repa_weight=1"], ["crops=3"],
+                                     ["tokenizer.solver=rk4"], ["heads=5"], ["crops=3"],
                                      ["tokenizer.times=log"], ["tokenizer.beta=0"]])
 def test_impossible_configurations_are_refused(changes):
     with pytest.raises(UserError):

@@ -3,6 +3,7 @@
 PARITY_FIXTURES=FOLDER runs other files of the same names. Sizes and cases come from the files: nothing is fixed here.
 """
 import json
+import math
 import os
 import zlib
 from pathlib import Path
@@ -328,13 +329,13 @@ def test_dar_tokenizer_pictures():
         n, steps = run["batch"], run["steps"]
         codes, noise, seen = f["out/codes"][:n], f["in/decode_noise"][:n], []
         how = dict(steps=steps, solver=solver[run["method"]])
-        image = tokenizer.decode(codes, noise, **how, on_step=lambda k, x: seen.append(x))
-        close(seen[(run["clip"] or steps) - 1], f[f"out/{run['name']}"], 1e-4)
-        if run["clip"]:  # the same from the first tokens alone
-            known = dar.Decoding(tokenizer, noise, **how).ends[run["clip"] - 1]
-            close(tokenizer.decode(codes[:, :known], noise, **how), f[f"out/{run['name']}"], 1e-4)
-        else:
-            close(image, f[f"out/{run['name']}"], 1e-4)
+        tokenizer.decode(codes, noise, **how, on_step=lambda k, x: seen.append(x))
+        pictures = [noise / tokenizer.config.data_std, *seen]  # after 0 .. steps steps
+        k = steps if run["clip"] is None else run["clip"]
+        close(pictures[k], f[f"out/{run['name']}"], 1e-4)
+        ends = [0, *dar.Decoding(tokenizer, noise, **how).ends, math.inf]
+        if ends[k] < ends[k + 1]:  # the same from the first tokens alone
+            close(tokenizer.decode(codes[:, :ends[k]], noise, **how), f[f"out/{run['name']}"], 1e-4)
         for i in run.get("jump", []):
             jumps = []
             tokenizer.decode(codes, noise, **how, preview="v", on_step=lambda k, x: jumps.append(x))

@@ -381,7 +381,7 @@ def test_tokens_on_the_fly_are_the_cached_ones(trained_dar, in_process, pictures
     (["--size", "m"], "tiny, b, l, xl, xxl"), (["--stage", "vae"], "tokenizer, ar"),
     (["--stage", "ar"], "train stage tokenizer, or give --tokenizer FILE"),
     (["--set", "tokenizer.groups=5"], "a multiple of 5 groups"), (["--set", "tokenizer.beta=x"], "beta is a float"),
-    (["--set", "repa_weight=0.5"], "REPA needs a patch grid"), (["--tokenizer", "x.pt"], "x.pt, which is not there")])
+    (["--set", "repa_weight=0.5"], "REPA needs a grid of 16"), (["--tokenizer", "x.pt"], "x.pt, which is not there")])
 def test_mistakes_in_training_dar_are_one_line(in_process, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((common.UserError, SystemExit)) as caught:
