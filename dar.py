@@ -861,7 +861,7 @@ PAPER_TOKENIZER = Recipe(lr=2e-4, batch=1024, epochs=210_000 * 1024 / IMAGENET, 
                          clip=1.0, ema=0.999)
 PAPER_AR = Recipe(lr=4e-4, batch=1024, epochs=300, decay=50 / 300, final=1e-5 / 4e-4, weight_decay=0.05, clip=1.0)
 TOKENIZER = Stage(
-    "tokenizer", build=trainable, load=load_tokenizer, preview=reconstructions,
+    "tokenizer", build=trainable, load=load_tokenizer, preview=reconstructions, carry=lambda name, old, shape: None,
     recipes={"tiny": Recipe(lr=3e-3, batch=16, epochs=1.6, warmup=0.02, decay=0.4, weight_decay=0.0, clip=1.0,
                             ema=0.998),
              **dict.fromkeys(("b", "l", "xl", "xxl"), PAPER_TOKENIZER)},

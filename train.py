@@ -92,6 +92,10 @@ def main():
         raise UserError(f"--size {args.size}: {args.model} has {', '.join(model.PRESETS)}")
     if args.stage not in (*names, "all"):
         raise UserError(f"--stage {args.stage}: {args.model} has {', '.join(names)}, or all")
+    if args.init and not (able := [s.name for s in model.STAGES if s.carry and args.stage in (s.name, "all")]):
+        raise UserError(f"--init: stage {args.stage} always begins afresh")
+    if args.init and args.stage == "all" and len([s for s in model.STAGES if s.carry and not s.start]) > 1:
+        raise UserError(f"--init: say which stage starts from it, --stage {' or '.join(able)}")
     preset = model.PRESETS[args.size]
     data = common.load_data(args.data, args.data_root, args.image_size or preset.image_size)
     if rank == 0:

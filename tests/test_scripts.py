@@ -291,7 +291,7 @@ def test_latents_on_the_fly(trained, in_process, pictures, tmp_path):
     (["--set", "dim=30"], "not divisible by 4 heads"), (["--image-size", "30"], "not divisible"),
     (["--accumulate", "5"], "does not divide"), (["--stage", "mrar"], "train stage vae, or give"),
     (["--vae", "x.pt"], "x.pt, which is not there"), (["--device", "tpu"], "--device tpu"),
-    (["--seed", "-1"], "0 or more")])
+    (["--seed", "-1"], "0 or more"), (["--init", "x.pt", "--stage", "vae"], "always begins afresh")])
 def test_mistakes_in_training_are_one_line(in_process, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((common.UserError, SystemExit)) as caught:
@@ -349,6 +349,13 @@ def test_two_dar_processes_are_one_with_the_same_batch(trained_dar, pictures, tm
             assert a[name] == pytest.approx(b[name], rel=1e-4)
 
 
+def test_a_tokenizer_is_tuned_to_a_smaller_codebook(trained_dar, in_process, pictures, tmp_path, capsys):
+    """Table 1's 4096 from 16384 codes, in small: all but the codebook is carried over."""
+    in_process(train, "--data", pictures, "--out", tmp_path, "--stage", "tokenizer", "--steps", 1, "--init",
+               trained_dar / "tokenizer/model.pt", *DAR, "tokenizer.codebook=16")
+    assert "begun afresh: quantizer.embedding.weight; not used: none" in capsys.readouterr().out
+
+
 def test_tokens_are_cached_small_and_are_what_the_tokenizer_says(trained_dar, in_process, pictures, tmp_path):
     """Ten crops: ten rows of 16-bit codes per picture, equal to encoding the crops; another run finds the cache."""
     arguments = ["--data", pictures, "--out", tmp_path, "--stage", "ar", "--steps", 1, "--tokenizer",
@@ -381,6 +388,7 @@ def test_tokens_on_the_fly_are_the_cached_ones(trained_dar, in_process, pictures
     (["--size", "m"], "tiny, b, l, xl, xxl"), (["--stage", "vae"], "tokenizer, ar"),
     (["--stage", "ar"], "train stage tokenizer, or give --tokenizer FILE"),
     (["--set", "tokenizer.groups=5"], "a multiple of 5 groups"), (["--set", "tokenizer.beta=x"], "beta is a float"),
+    (["--init", "x.pt"], "--stage tokenizer or ar"), (["--init", "x.pt", "--stage", "ar"], "train stage tokenizer"),
     (["--set", "repa_weight=0.5"], "REPA needs a grid of 16"), (["--tokenizer", "x.pt"], "x.pt, which is not there")])
 def test_mistakes_in_training_dar_are_one_line(in_process, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
