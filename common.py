@@ -53,6 +53,8 @@ def command(main):
         message = str(error).splitlines()[-1].removeprefix("common.UserError: ")  # a data worker adds its traceback
     except OSError as error:  # disk full, no permission, a vanished folder
         message = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+    except torch.OutOfMemoryError as error:
+        message = f"{str(error).split('. ')[0]}: a smaller --batch-size, or in training more --accumulate, needs less"
     except KeyboardInterrupt:
         message = "interrupted"
     else:
@@ -416,8 +418,9 @@ def load_data(name, root="data", size=32, split="train"):
     return Data(name, labels.astype(np.int64), classes, lambda i: Image.fromarray(images[i]).convert("RGB"), key)
 
 
-def download(source, path, digest):
-    """`path`, fetched from source/<its name> if it is not there; kept only if its SHA-256 starts with `digest`."""
+def download(source, path, digest, hint="or name another folder with --data-root"):
+    """`path`, fetched from source/<its name> if it is not there; kept only if its SHA-256 starts with `digest`. hint:
+    what else the user can do when that fails."""
     plain = path.with_suffix("") if path.suffix == ".gz" and path.with_suffix("").suffix != ".tar" else path
     with rank_zero_first():
         if not path.exists() and plain.exists():
@@ -428,8 +431,9 @@ def download(source, path, digest):
                 print(f"downloading {source}{path.name} to {path}")
                 torch.hub.download_url_to_file(source + path.name, str(path), digest, progress=sys.stderr.isatty())
             except (OSError, RuntimeError, urllib.error.URLError) as error:
+                known = f" (SHA-256 {digest})" if digest else ""
                 raise UserError(f"cannot download {source}{path.name}: {error}; fetch it by other means to {path}"
-                                f" (SHA-256 {digest}), or name another folder with --data-root") from None
+                                f"{known}, {hint}") from None
     return path
 
 
@@ -871,6 +875,7 @@ class Stage:
     decays: Callable = lambda name, p: p.ndim > 1           # does weight decay act on this parameter?
     trains: Callable = lambda config, name: True            # is this parameter trained?
     finish: Callable = lambda ema, images: None             # called with some images before the weights are written
+    ready: Callable = lambda module, config: None           # called before the first step of a process
     preview: Callable | None = None            # (ema, first, images, labels, noise) -> pictures for the grid
 
 
@@ -952,11 +957,17 @@ def save(path, content, keep=False):
         torch.save(content, f)
 
 
-def read(path, harmless=()):
+class ReleasedConfig:
+    """Stands in for the class that released D-AR files hold their configuration in: nothing but a dict, `_data`."""
+
+
+HARMLESS = [argparse.Namespace, (ReleasedConfig, "config_util.Config")]  # classes that checkpoints may hold
+
+
+def read(path):
     """The content of a checkpoint: .pt, .pth, .ckpt, .bin, or .safetensors. Runs nothing that the file says.
 
-    harmless: classes that it may also hold, each as (stand-in, "module.Class"). Raises UserError for a missing, damaged
-    or unsafe file.
+    Raises UserError for a missing, damaged or unsafe file.
     """
     path = Path(path)
     if not path.is_file():
@@ -972,7 +983,7 @@ def read(path, harmless=()):
         except SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from None
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *harmless]):
+        with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -16,11 +16,12 @@ Differs   The paper leaves much open; what the released code does is a Config fi
           `lpips_dropout`, `solver`, `preview`. The table "Where paper and code differ" in the README has all points.
 """
 import dataclasses
+import functools
 import hashlib
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ class TokenizerConfig:
     data_std: float = 0.6           # sigma: images are multiplied by it before noise is added
     times: str = "shifted"          # in training: u uniform and t = S(u), "shifted" (released), or t "uniform" (Sec. 4)
     repa_layer: int = 8             # REPA looks at the stream before this block; 0: the model has no REPA head
-    steps: int = 8                  # sampler defaults: diffusion steps,
+    steps: int = 0                  # sampler defaults: diffusion steps (0: one for each group),
     solver: str = "adams"           # "euler", or "adams": two-step Adams-Bashforth
     preview: str = "solver"         # previews jump to t = 1 by the "solver's" step (released) or along "v" (Sec. 5.1)
 
@@ -67,14 +68,16 @@ class TokenizerConfig:
         for name in ("dim", "decoder_dim", "pixel_dim"):
             if getattr(self, name) % HEAD:
                 raise ValueError(f"{name} {getattr(self, name)} is not a multiple of {HEAD}")
+        if min(self.patch, self.pixel_patch, self.groups) < 1:
+            raise ValueError("patch, pixel_patch and groups are 1 or more")
         for name in ("patch", "pixel_patch"):
             if self.image_size % getattr(self, name):
                 raise ValueError(f"image_size {self.image_size} is not divisible by {name} {getattr(self, name)}")
         if self.queries % self.groups or self.queries > self.query_rows:
             raise ValueError(f"queries {self.queries}: a multiple of {self.groups} groups, at most query_rows"
                              f" {self.query_rows}")
-        if self.data_std <= 0 or self.beta <= 0 or self.steps < 1:
-            raise ValueError("data_std and beta are more than 0, steps is 1 or more")
+        if self.data_std <= 0 or self.beta <= 0 or self.steps < 0:
+            raise ValueError("data_std and beta are more than 0, steps is 0 or more")
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class Config:
     lpips_weight: float = 0.5       # lambda_1 of Eq. 7
     lpips_dropout: float = 0.5      # in front of LPIPS' linear layers; on in released training, paper silent
     repa_weight: float = 0.5        # lambda_2 of Eq. 7
-    teachers: str = ""              # folder of the LPIPS, VGG-16 and DINOv2 files (default: where torch.hub has them)
+    teachers: str = field(default="", compare=False)  # folder of the LPIPS, VGG-16 and DINOv2 files (default:
+                                    # where torch.hub keeps downloads)
     tokenizer: TokenizerConfig = TokenizerConfig()
 
     def __post_init__(self):
@@ -104,17 +108,18 @@ class Config:
             object.__setattr__(self, "tokenizer", dataclasses.replace(self.tokenizer, image_size=self.image_size))
         if self.heads < 1 or self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} is not divisible into {self.heads} heads of even width")
-        if self.crops not in (1, 10):
-            raise ValueError("crops is 1 or 10")
+        if self.crops not in (1, 10) or len(self.cfg) != 2:
+            raise ValueError("crops is 1 or 10; cfg is a pair: first token, last token")
 
 
 TINY_TOKENIZER = TokenizerConfig(
     image_size=32, patch=4, dim=128, depth=2, queries=64, query_rows=64, codebook=512, code_dim=3, decoder_dim=128,
     decoder_depth=2, pixel_patch=4, pixel_dim=128, pixel_depth=4, repa_layer=0)
+ABLATION = TokenizerConfig(dim=512, decoder_dim=512, pixel_dim=512, pixel_depth=8, repa_layer=5)  # App. III
 PRESETS = {
     "tiny": Config(image_size=32, classes=10, dim=192, heads=3, depth=4, dropout=0.0, cfg=(4.0, 4.0), crops=1,
                    lpips_weight=0.0, repa_weight=0.0, tokenizer=TINY_TOKENIZER),
-    "b": Config(),
+    "b": Config(tokenizer=ABLATION),
     "l": Config(dim=1024, heads=16, depth=24),
     "xl": Config(dim=1280, heads=20, depth=36, cfg=(1.1, 10.0)),
     "xxl": Config(dim=1536, heads=24, depth=48, cfg=(1.1, 10.0))}
@@ -308,14 +313,14 @@ def unshift(t, beta):
 class Tokenizer(nn.Module):
     """Image to codes and back: encoder, quantizer, causal layers, pixel diffusion decoder.
 
-    encode: images (B, 3, h, w) to codes (B, N); decode: codes, or their first ones, to images. For training,
-    `perceptual` is an LPIPS network and `teacher` DINOv2; without them these losses are left out.
+    encode: images (B, 3, h, w) to codes (B, N); decode: codes, or their first ones, to images. In training `judges`
+    are an LPIPS network and DINOv2, each with its weight, or None: then that loss is left out.
     """
 
-    def __init__(self, config, perceptual=None, teacher=None, weights=(0.0, 0.0), lpips_dropout=0.5):
+    def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.teachers, self.weights, self.lpips_dropout = Frozen(perceptual, teacher), weights, lpips_dropout
+        self.judges, self.lpips_dropout = (None, None), 0.5  # a tuple: what it holds is no part of this module
         self.patchify = nn.Conv2d(3, c.dim, c.patch, c.patch)
         self.query_table = nn.Embedding(c.query_rows, c.query_rank)
         self.query_linear = nn.Linear(c.query_rank, c.dim)
@@ -338,7 +343,7 @@ class Tokenizer(nn.Module):
         for layers, width in ((self.encoder_layers, c.dim), (self.decoder_layers, c.decoder_dim),
                               (self.pixels.blocks, c.pixel_dim)):
             for linear in (part for part in layers.modules() if isinstance(part, nn.Linear)):
-                nn.init.trunc_normal_(linear.weight, std=0.02 * math.sqrt(768 / width))
+                nn.init.trunc_normal_(linear.weight, std=0.02 * math.sqrt(768 / min(width, 768)))
                 nn.init.zeros_(linear.bias)
         for block in self.pixels.blocks:
             nn.init.zeros_(block.modulation.weight)
@@ -348,10 +353,6 @@ class Tokenizer(nn.Module):
         nn.init.trunc_normal_(self.positions.weight, std=0.02)
         codes = self.quantizer.embedding.weight
         codes.copy_(F.normalize(codes.uniform_(-1 / len(codes), 1 / len(codes)), dim=-1))
-
-    def _apply(self, fn, recurse=True):
-        self.teachers.apply(fn)  # they follow to the device
-        return super()._apply(fn, recurse)
 
     def features(self, images):
         """What the encoder knows at the N queries, (B, N, D). Patches see patches; query j sees them and queries up to
@@ -425,20 +426,21 @@ class Tokenizer(nn.Module):
         x_1 = c.data_std * images
         s = t[:, None, None, None]
         x_t = s * x_1 + (1 - s) * x_0                                                      # Eq. 3
-        repa = bool(self.weights[1] and self.teachers.networks[1])
-        v, features = self.pixels(x_t, t, group, repa)
+        lpips, repa = self.judges
+        v, aligned = self.pixels(x_t, t, group, repa is not None)
         out = {"flow": F.mse_loss(v, x_1 - x_0) / c.data_std**2,                           # Eq. 2, in units of images
                "codebook": (codebook * counted).sum() / counted.sum(),
                "commitment": (commitment * counted).sum() / counted.sum()}
         loss = out["flow"] + out["codebook"] + out["commitment"]
-        if self.weights[0] and self.teachers.networks[0]:
+        if lpips:
             guess = (x_t + (1 - s) * v) / c.data_std                                       # the image, if v were right
-            out["lpips"] = self.teachers.networks[0](images, guess, self.lpips_dropout).sum(0).mean()
-            loss = loss + self.weights[0] * out["lpips"]
+            network, weight = lpips
+            out["lpips"] = network(images, guess, self.lpips_dropout * self.training).sum(0).mean()
+            loss = loss + weight * out["lpips"]
         if repa:
-            target = dino_features(self.teachers.networks[1], images)                      # (B, 256, 768)
-            out["repa"] = (1 - F.cosine_similarity(features.float(), target, dim=-1)).mean()
-            loss = loss + self.weights[1] * out["repa"]
+            network, weight = repa
+            out["repa"] = (1 - F.cosine_similarity(aligned.float(), dino_features(network, images), dim=-1)).mean()
+            loss = loss + weight * out["repa"]
         elif c.repa_layer:
             loss = loss + 0 * sum(p.sum() for p in self.pixels.repa.parameters())          # DDP wants all gradients
         if self.training:
@@ -466,7 +468,8 @@ class Decoding:
 
     def __init__(self, tokenizer, noise, steps=None, solver=None, preview=None, on_step=None):
         c = tokenizer.config
-        c = dataclasses.replace(c, steps=steps or c.steps, solver=solver or c.solver, preview=preview or c.preview)
+        c = dataclasses.replace(c, steps=steps or c.steps or c.groups, solver=solver or c.solver,
+                                preview=preview or c.preview)
         self.tokenizer, self.config, self.on_step = tokenizer, c, on_step
         u = torch.arange(c.steps, dtype=torch.float64) / c.steps                           # Eq. 8
         self.starts = tokenizer.starts(u).tolist()
@@ -501,22 +504,6 @@ class Decoding:
 
 # --- Networks that judge the tokenizer while it is trained ------------------------------------------------------------
 
-class Frozen:
-    """Networks that a module uses but does not own: not in its state_dict, not copied with it."""
-
-    def __init__(self, *networks):
-        self.networks = networks
-
-    def __deepcopy__(self, memo):
-        return self
-
-    def apply(self, fn):
-        """What nn.Module._apply does, for each of them."""
-        for network in self.networks:
-            if network is not None:
-                network._apply(fn)
-
-
 class LPIPS(nn.Module):
     """Learned perceptual distance (Zhang et al., 2018): VGG-16 features, weighted squared differences."""
     TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
@@ -547,7 +534,7 @@ class LPIPS(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x, y = (images.to(self.shift.dtype) for images in (x, y))
             for a, b, weight in zip(self.taps(x), self.taps(y), self.lin, strict=True):
-                a, b = (f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (a, b))
+                a, b = (f / ((f.square().sum(1, keepdim=True) + 1e-20).sqrt() + 1e-10) for f in (a, b))
                 parts.append((F.dropout((a - b).square(), dropout) * weight).sum(1).mean((1, 2)))
         return torch.stack(parts)
 
@@ -561,7 +548,7 @@ def dino_features(network, images):
     return network.forward_features(x)["x_norm_patchtokens"].float()
 
 
-PUBLISHED_NETWORKS = {  # file: (where from, first digits of its SHA-256, MD5)
+NETWORKS = {  # published files: (where from, first digits of the SHA-256, MD5)
     "vgg16-397923af.pth": ("https://download.pytorch.org/models/", "397923af", None),
     "vgg.pth": ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/", "",
                 "d507d7349b931f0638a25a48a722f98a"),
@@ -569,26 +556,19 @@ PUBLISHED_NETWORKS = {  # file: (where from, first digits of its SHA-256, MD5)
 
 
 def published(file, folder):
-    """The entries of a published file, from the folder or downloaded into it."""
-    source, sha256, md5 = PUBLISHED_NETWORKS[file]
+    """The entries of a published file, from the folder or downloaded into it. Raises UserError if it cannot be had."""
+    source, sha256, md5 = NETWORKS[file]
     path = Path(folder or Path(torch.hub.get_dir(), "checkpoints"), file)
-    try:
-        common.download(source, path, sha256)
-    except UserError as error:
-        raise UserError(f"{error}; --set lpips_weight=0 repa_weight=0 trains without LPIPS ({', '.join(LPIPS_FILES)})"
-                        f" and REPA ({DINO_FILE})") from None
+    common.download(source, path, sha256, f"name the folder of {', '.join(NETWORKS)} with --set teachers=FOLDER, or"
+                                          " train without LPIPS and REPA: --set lpips_weight=0 repa_weight=0")
     if md5 and hashlib.md5(path.read_bytes()).hexdigest() != md5:
         raise UserError(f"{path} is not the published file (MD5 {md5}); delete it and it is downloaded again")
     return common.read(path)
 
 
-LPIPS_FILES, DINO_FILE = ("vgg16-397923af.pth", "vgg.pth"), "dinov2_vitb14_pretrain.pth"
-
-
 def load_lpips(folder=""):
-    """LPIPS with the published weights. Raises UserError when they are not there and cannot be downloaded."""
-    vgg, lin = (published(file, folder) for file in LPIPS_FILES)
-    return lpips_from_states(vgg, lin)
+    """LPIPS with the published weights."""
+    return lpips_from_states(published("vgg16-397923af.pth", folder), published("vgg.pth", folder))
 
 
 def lpips_from_states(vgg, lin):
@@ -601,14 +581,15 @@ def lpips_from_states(vgg, lin):
 
 def load_dino(folder=""):
     """DINOv2 ViT-B/14: its code by torch.hub, its weights as data. Raises UserError when they cannot be had."""
-    state = published(DINO_FILE, folder)
+    state = published("dinov2_vitb14_pretrain.pth", folder)
     try:
-        network = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14", pretrained=False, trust_repo=True,
-                                 verbose=False)
+        with common.rank_zero_first():
+            network = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14", pretrained=False, trust_repo=True,
+                                     verbose=False)
     except Exception as error:  # whatever a network, an archive or the code of others raises
         raise UserError(f"torch.hub cannot load facebookresearch/dinov2 ({str(error).splitlines()[0]}); --set"
                         " repa_weight=0 trains without it") from None
-    common.load_strict(network, state, DINO_FILE)
+    common.load_strict(network, state, "dinov2_vitb14_pretrain.pth")
     return network.eval().requires_grad_(False)
 
 
@@ -729,7 +710,7 @@ class Llama(nn.Module):
         x, draws = self.class_embed(rows), noise.uniform((self.config.tokenizer.queries,))
         C = self.config.dim // self.config.heads
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        cache = x.new_empty((len(self.layers), 2, len(rows), self.config.heads, N, C), dtype=dtype)
+        cache = x.new_zeros((len(self.layers), 2, len(rows), self.config.heads, N, C), dtype=dtype)
         codes = torch.zeros(B, N, dtype=torch.long, device=x.device)
         for i in range(N):
             if i == guided:  # from here on nobody looks at the unconditional half
@@ -779,9 +760,16 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
 def pick(probs, u):
     """One token (B,) for each row of probs (B, V), by u (B,) in [0, 1) and the cumulated probabilities."""
     rising = probs.cumsum(-1)
-    total = rising[:, -1]
-    below = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))      # rounding never leads past
-    return (rising <= below[:, None]).sum(-1)
+    total = rising.amax(-1)
+    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))     # rounding never leads past
+    reached = (rising > target[:, None]) & (probs > 0)  # on CUDA a cumulated sum may waver where nothing is added
+    return reached.float().argmax(-1)                                                      # the first
+
+
+@functools.cache
+def side_stream(device):
+    """The CUDA stream that images are decoded on beside the tokens."""
+    return torch.cuda.Stream(device)
 
 
 # --- Both together ----------------------------------------------------------------------------------------------------
@@ -800,7 +788,7 @@ def generate(model, tokenizer, labels, noise, *, prefix=None, tokens=None, steps
     start = noise.normal((3, c.image_size, c.image_size))
     watch = on_step and (lambda k, images: on_step(images.clamp(-1, 1)))
     decoding = Decoding(tokenizer, start, steps, solver, preview, watch)
-    side = torch.cuda.Stream(start.device) if start.device.type == "cuda" else None
+    side = side_stream(start.device) if start.device.type == "cuda" else None
 
     def on_token(n, codes):
         if n in decoding.ends:
@@ -820,23 +808,27 @@ def generate(model, tokenizer, labels, noise, *, prefix=None, tokens=None, steps
 
 def check(model, tokenizer):
     """Raises UserError if the model speaks another language than the tokenizer."""
-    (n, N), (codes, tokens) = ((c.codebook, c.queries) for c in (model.config.tokenizer, tokenizer.config))
-    if (n, N) != (codes, tokens):
-        raise UserError(f"the tokenizer has {tokens} tokens of {codes} codes, the model needs {N} of {n}")
+    has, needs = ((c.queries, c.codebook, c.image_size) for c in (tokenizer.config, model.config.tokenizer))
+    if has != needs:
+        raise UserError("the tokenizer has {} tokens of {} codes for {} pixels, ".format(*has)
+                        + "the model needs {} of {} for {}".format(*needs))
 
 
 # --- Stages: what is trained, in order, and how -----------------------------------------------------------------------
 
-def trainable(config):
-    """A tokenizer with the networks that its loss asks for."""
-    weights, c = (config.lpips_weight, config.repa_weight), config.tokenizer
-    if weights[1] and (c.image_size // c.pixel_patch % 16 or not 0 < c.repa_layer < c.pixel_depth):
-        raise UserError(f"REPA needs a grid of 16, 32, ... patches (this one has {c.image_size // c.pixel_patch}) and"
-                        " repa_layer below pixel_depth; --set repa_weight=0 trains without")
-    if not any(weights) and not int(os.environ.get("RANK", 0)):
+def judged(tokenizer, config):
+    """Gives the tokenizer the networks that its loss asks for. Raises UserError if they cannot be had."""
+    c = config.tokenizer
+    grid = c.image_size // c.pixel_patch
+    if config.repa_weight and (grid % 16 or not 0 < c.repa_layer < c.pixel_depth):
+        raise UserError(f"REPA needs a grid of 16, 32, ... patches (this one has {grid}) and repa_layer below"
+                        " pixel_depth; --set repa_weight=0 trains without")
+    if not (config.lpips_weight or config.repa_weight) and not int(os.environ.get("RANK", 0)):
         print("the tokenizer is trained without LPIPS and REPA (lpips_weight and repa_weight are 0)")
-    return Tokenizer(c, load_lpips(config.teachers) if weights[0] else None,
-                     load_dino(config.teachers) if weights[1] else None, weights, config.lpips_dropout)
+    device = tokenizer.positions.weight.device
+    tokenizer.lpips_dropout = config.lpips_dropout
+    tokenizer.judges = tuple((load(config.teachers).to(device), weight) if weight else None for load, weight in
+                             ((load_lpips, config.lpips_weight), (load_dino, config.repa_weight)))
 
 
 @torch.no_grad()
@@ -848,9 +840,13 @@ def reconstructions(tokenizer, first, images, labels, noise):
 
 def load_tokenizer(path):
     """A tokenizer from a file of this project or a released one. Raises UserError if it does not fit."""
-    content = common.read(path, RELEASED_CLASSES)
+    content = common.read(path)
+    if "stage" not in content:
+        tokenizer = load_official(path)
+        if isinstance(tokenizer, Tokenizer):
+            return tokenizer
     if content.get("stage") != "tokenizer":
-        return load_official(path)
+        raise UserError(f"{path} holds an AR model, not a tokenizer")
     tokenizer = Tokenizer(common.rebuild(TokenizerConfig, content["config"]["tokenizer"]))
     common.load_strict(tokenizer, content["model"], path)
     return tokenizer.eval().requires_grad_(False)
@@ -861,16 +857,18 @@ PAPER_TOKENIZER = Recipe(lr=2e-4, batch=1024, epochs=210_000 * 1024 / IMAGENET, 
                          clip=1.0, ema=0.999)
 PAPER_AR = Recipe(lr=4e-4, batch=1024, epochs=300, decay=50 / 300, final=1e-5 / 4e-4, weight_decay=0.05, clip=1.0)
 TOKENIZER = Stage(
-    "tokenizer", build=trainable, load=load_tokenizer, preview=reconstructions, carry=lambda name, old, shape: None,
+    "tokenizer", build=lambda c: Tokenizer(c.tokenizer), ready=judged, load=load_tokenizer, preview=reconstructions,
+    carry=lambda name, old, shape: None,
     recipes={"tiny": Recipe(lr=3e-3, batch=16, epochs=1.6, warmup=0.02, decay=0.4, weight_decay=0.0, clip=1.0,
                             ema=0.998),
-             **dict.fromkeys(("b", "l", "xl", "xxl"), PAPER_TOKENIZER)},
+             "b": dataclasses.replace(PAPER_TOKENIZER, batch=256, epochs=50_000 * 256 / IMAGENET, warmup=500 / 50_000),
+             **dict.fromkeys(("l", "xl", "xxl"), PAPER_TOKENIZER)},
     augment=lambda c: common.random_scale_crop if c.crops == 10 else common.centre_crop)
 AR = Stage(
     "ar", build=Llama, first="tokenizer", codes=lambda tokenizer, codes: codes.long(),
     recipes={"tiny": Recipe(lr=2e-3, batch=64, epochs=1.1, warmup=0.03, decay=0.5, weight_decay=0.05, clip=1.0,
                             ema=0.998),
-             **dict.fromkeys(("b", "l", "xl", "xxl"), PAPER_AR)},
+             "b": dataclasses.replace(PAPER_AR, epochs=50), **dict.fromkeys(("l", "xl", "xxl"), PAPER_AR)},
     augment=lambda c: common.one_of_ten_crops if c.crops == 10 else common.centre_crop,
     views=lambda c: common.ten_crops if c.crops == 10 else common.centre_only,
     carry=lambda name, old, shape: None,
@@ -880,11 +878,6 @@ STAGES = [TOKENIZER, AR]
 
 # --- Released checkpoints ---------------------------------------------------------------------------------------------
 
-class ReleasedConfig:
-    """Stands in for the class that released tokenizer files hold their configuration in: an attribute `_data`."""
-
-
-RELEASED_CLASSES = [(ReleasedConfig, "config_util.Config")]
 RELEASED = [  # released name -> ours
     (r"^query_embedding", "query_table"), (r"^quant_in_conv", "to_code"), (r"^quant_out_conv", "from_code"),
     (r"^quantize\.", "quantizer."), (r"^decoder_embedding", "positions"), (r"^diff_decoder\.net\.", "pixels."),
@@ -892,12 +885,9 @@ RELEASED = [  # released name -> ours
     (r"cross_attn", "cross"), (r"adaLN_modulation\.1", "modulation"), (r"time_embed\.mlp", "time"),
     (r"cond_embed", "condition"),
     (r"^cls_embedding\.embedding_table", "class_embed"), (r"^tok_embeddings", "token_embed")]
-FIELDS = {  # released configuration -> ours
-    "encoder_patch_size": "patch", "encoder_dim": "dim", "num_encoder_layers": "depth", "num_all_queries": "queries",
-    "vq_codebook_size": "codebook", "vq_dim": "code_dim", "decoder_dim": "decoder_dim",
-    "num_decoder_layers": "decoder_depth", "num_query_groups": "groups", "num_denoising_steps": "steps",
-    "sampling_resolution": "image_size", "time_shift": "beta", "patch_size": "pixel_patch", "pixel_dim": "pixel_dim",
-    "pixel_depth": "pixel_depth", "data_std": "data_std", "repa_layer": "repa_layer"}
+FIELDS = {  # released configuration -> ours, for what shapes do not tell
+    "num_all_queries": "queries", "num_query_groups": "groups", "num_denoising_steps": "steps",
+    "sampling_resolution": "image_size", "time_shift": "beta", "data_std": "data_std", "repa_layer": "repa_layer"}
 
 
 def renamed(state):
@@ -916,17 +906,14 @@ def load_official(path, **overrides):
     comes from the shapes and, for what shapes do not tell, from the one in the file, else the published one. overrides:
     fields of TokenizerConfig or Config. Strict: raises UserError for an entry that is missing, extra or misshapen.
     """
-    content = common.read(path, RELEASED_CLASSES)
-    for key in ("ema", "model", "module", "state_dict"):
-        state = content.get(key)
-        if isinstance(state, dict) and any("quant_in_conv" in k for k in state):
-            config = getattr(content.get("config"), "_data", {}).get("model", {})
-            return tokenizer_from_released(state, config, path, **overrides)
-        if key != "ema" and isinstance(state, dict):
-            return ar_from_released(state, path, **overrides)
-    if any("quant_in_conv" in k for k in content):
-        return tokenizer_from_released(content, {}, path, **overrides)
-    return ar_from_released(content, path, **overrides)
+    content = common.read(path)
+    plain = next((content[k] for k in ("model", "module", "state_dict") if isinstance(content.get(k), dict)), None)
+    state = plain or content.get("ema") or content
+    if not any("quant_in_conv" in k for k in state):
+        return ar_from_released(state, path, **overrides)
+    config = content.get("config", {})
+    config = config if isinstance(config, dict) else getattr(config, "_data", {})
+    return tokenizer_from_released(content.get("ema") or state, config.get("model", {}), path, **overrides)
 
 
 def count(pattern, state):
@@ -937,16 +924,14 @@ def count(pattern, state):
 def tokenizer_from_released(state, released=None, path="the checkpoint", **overrides):
     """The tokenizer of a released state dict. released: its configuration, a dict (see load_official)."""
     state = renamed(state)
-    released = dict(released or {})
-    inner = dict(released.get("diff_decoder", {}))
-    for name in ("dim", "depth"):  # also names of the encoder's
-        if name in inner:
-            inner[f"pixel_{name}"] = inner.pop(name)
-    given = {FIELDS[k]: v for k, v in {**released, **inner}.items() if k in FIELDS}
+    released = {**(released or {}), **(released or {}).get("diff_decoder", {})}
+    given = {FIELDS[k]: v for k, v in released.items() if k in FIELDS}
+    expected = {"vq_enable": True, "query_low_rank": True, "mlp_head": False, "share_time_encoding": False,
+                "rope_base_len": 10000, "output_resolution": 0,
+                "queries_per_step": given.get("queries", 256) // given.get("groups", 8)}
     try:
-        if any(released.get(k, v) != v for k, v in (("vq_enable", True), ("query_low_rank", True))) or any(
-                inner.get(k) for k in ("mlp_head", "share_time_encoding")):
-            raise ValueError("an option that no published model uses")
+        if odd := [k for k, v in expected.items() if released.get(k, v) != v]:
+            raise ValueError(f"no published model has this {', '.join(odd)}")
         shape = {k: v.shape for k, v in state.items()}
         found = dict(patch=shape["patchify.weight"][2], dim=shape["patchify.weight"][0],
                      depth=count(r"encoder_layers\.(\d+)", state), query_rows=shape["query_table.weight"][0],
@@ -987,11 +972,11 @@ def main():
 
     with torch.device("meta"):
         print("tokenizer  N  K  codes  D (encoder, causal, pixels)  blocks    parameters  without REPA head  published")
-        for name, c in (("tiny", PRESETS["tiny"].tokenizer), ("paper", TokenizerConfig())):
+        for name, c in (("tiny", TINY_TOKENIZER), ("b", ABLATION), ("others", TokenizerConfig())):
             whole, plain = (parameters(Tokenizer(dataclasses.replace(c, repa_layer=r))) for r in (c.repa_layer, 0))
             print(f"{name:7s} {c.queries:4d} {c.groups:2d} {c.codebook:6d}   {c.dim:7d} {c.decoder_dim:7d}"
                   f" {c.pixel_dim:7d}   {c.depth:2d}, {c.decoder_depth}, {c.pixel_depth:2d} {whole:13,d} {plain:18,d}"
-                  f"  {'300M' if name == 'paper' else '-':>9s}")
+                  f"  {dict(others='300M', b='113M').get(name, '-'):>9s}")
         print("\nAR model  D  heads  blocks     parameters  published")
         for name, c in PRESETS.items():
             print(f"{name:6s} {c.dim:4d} {c.heads:6d} {c.depth:7d} {parameters(Llama(c)):14,d}"

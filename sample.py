@@ -81,8 +81,9 @@ def arguments():
     for name in ("n", "batch_size", "steps", "rounds", "features", "tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is 1 or more, not {value}")
-    for name in {x for options in (SAMPLER, OTHERS) for own in options.values() for x in own}:
-        if getattr(args, name) and name not in (*SAMPLER[args.model], *OTHERS[args.model]):
+    given = {name for name, value in vars(args).items() if value is not None and value is not False}
+    for name in {x for options in (SAMPLER, OTHERS) for own in options.values() for x in own} & given:
+        if name not in (*SAMPLER[args.model], *OTHERS[args.model]):
             parser.error(f"--{name.replace('_', '-')} is not an option of {args.model}")
     if args.seed < 0:
         parser.error(f"--seed is 0 or more, not {args.seed}")
@@ -92,6 +93,10 @@ def arguments():
         parser.error("--cfg with commas is for TransDiff's rounds: give one scale, or first:last")
     if args.ckpt and (args.run or args.raw):
         parser.error("--ckpt does not go with --run or --raw")
+    for name in {"raw", "classes", "precision", "cfg", "interval", "temperature", "top_k", "top_p", "tokens", "stream",
+                 "prefix_image", "prefix_tokens"} & given:
+        if args.reconstruct:
+            parser.error(f"--reconstruct does not go with --{name.replace('_', '-')}: no tokens are generated")
     if bool(args.prefix_image) != (args.prefix_tokens is not None):
         parser.error("--prefix-image and --prefix-tokens go together")
     if args.stream and (args.prefix_image or args.tokens or Path(args.out).suffix.lower() not in (".png", ".gif")):
@@ -158,6 +163,15 @@ def load(args, device):
     return model, first, {"model": args.model, **about, "weights_hash": common.fingerprint(model)}
 
 
+def prefix(args, tokenizer, device):
+    """--prefix-image: its pixels (h, w, 3) as uint8, and its codes (N,)."""
+    most = tokenizer.config.queries
+    if wrong := [k for k in args.prefix_tokens if not 0 <= k <= most]:
+        raise UserError(f"--prefix-tokens {wrong[0]}: the tokenizer has {most} tokens")
+    image = common.from_pil(picture_file(args.prefix_image, tokenizer.config.image_size))
+    return image.permute(1, 2, 0).numpy(), tokenizer.encode(common.to_float(image[None]).to(device))[0].long()
+
+
 def class_ids(text, names, count):
     """Class ids of 'star,heart' or '5,6'. Raises UserError for what is neither."""
     ids = []
@@ -209,14 +223,18 @@ def main():
     labels = torch.tensor([classes[i * len(classes) // each] for i in range(each)] * len(prefixes))
     n = len(labels)
     if args.prefix_image:
-        reference, (_, codes) = prefix_codes(args, first, device)
+        reference, codes = prefix(args, first, device)
     precision = args.precision or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
     defaults = {name: getattr(config if hasattr(config, name) else first.config, name)
                 for name in SAMPLER[args.model] if hasattr(config, name) or hasattr(first.config, name)}
     meta = {**about, **defaults, **options, "fuse": args.fuse, "seed": args.seed, "count": n, "labels": "balanced",
             "classes": classes, "precision": precision, "torch": str(torch.__version__),
             **({"prefix_image": args.prefix_image, "prefix_tokens": prefixes} if args.prefix_image else {})}
+    meta["steps"] = meta["steps"] or first.config.groups  # dar: 0 is one for each group
     meta = json.loads(json.dumps(meta))
+    if precision == "bf16":
+        for linear in (part for part in model.modules() if isinstance(part, torch.nn.Linear)):
+            linear.bfloat16()  # once: autocast would do it again at each step
 
     # Sampling. The table holds the images (and, for an animation or a stream, the previews before them) of all ranks.
     if rank == 0 and kind in (".png", ".gif"):
@@ -239,7 +257,7 @@ def main():
             seen.append(common.to_uint8(images).cpu())
             if args.stream:
                 rows.rows[index, len(seen) - 1] = seen[-1].permute(0, 2, 3, 1).numpy()
-                shown = rows.rows if kind == ".png" else rows.rows[:, :len(seen)]
+                shown = rows.rows if kind == ".png" or index[0] else rows.rows[:, :len(seen)]
                 write(Path(args.out), kind, shown, labels, names, len(classes), strip=True)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             images, about_batch = module.generate(model, first, labels[index].to(device), noise, **options,
@@ -248,8 +266,10 @@ def main():
             facts[name] = facts.get(name, 0) + value * len(index) / len(todo)
         if not torch.isfinite(images).all():
             raise UserError("the samples are not finite: try --precision fp32, more --steps or a smaller --cfg")
-        chosen = np.linspace(0, len(seen) - 1, frames - 1).round().astype(int) if seen else []
-        film = torch.stack([*(seen[i] for i in chosen), common.to_uint8(images).cpu()], 1)      # (b, frames, 3, h, w)
+        if not args.stream:
+            chosen = np.linspace(0, len(seen) - 1, frames - 1).round().astype(int) if seen else []
+            seen = [*(seen[i] for i in chosen), common.to_uint8(images).cpu()]
+        film = torch.stack(seen, 1)                                                        # (b, frames, 3, h, w)
         rows.write(index, film.permute(0, 1, 3, 4, 2).numpy())
         bar.update(len(index))
     bar.close()
@@ -289,19 +309,10 @@ def picture_file(path, size):
         raise UserError(f"cannot read {path} as a picture: {error}") from None
 
 
-def prefix_codes(args, tokenizer, device):
-    """--prefix-image: its pixels (h, w, 3) as uint8, and its codes."""
-    most = tokenizer.config.queries
-    if wrong := [k for k in args.prefix_tokens if not 0 <= k <= most]:
-        raise UserError(f"--prefix-tokens {wrong[0]}: the tokenizer has {most} tokens")
-    image = common.from_pil(picture_file(args.prefix_image, tokenizer.config.image_size))
-    return image.permute(1, 2, 0).numpy(), (image, tokenizer.encode(common.to_float(image[None]).to(device))[0].long())
-
-
 def reconstruct(args, device):
     """--reconstruct: originals, previews from more and more tokens, and reconstructions in one picture."""
     source = next(stage for stage in MODELS[args.model].STAGES if stage.load)
-    path = getattr(args, source.name) or run_file(args, [source])
+    path = getattr(args, source.name) or args.ckpt or run_file(args, [source])
     tokenizer = source.load(path).to(device)
     c = tokenizer.config
     if len(args.reconstruct) == 1 and not Path(args.reconstruct[0]).is_file():
@@ -315,25 +326,30 @@ def reconstruct(args, device):
     if Path(args.out).suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: --reconstruct writes a .png")
     images = torch.stack([common.from_pil(image) for image in originals])
-    strips, codes = [], []
+    strips, codes, errors = [], [], []
     bar = common.progress(len(images), "reconstructing", "img")
     for index in torch.arange(len(images)).split(args.batch_size):
         noise = common.Noise.of(args.seed, index.tolist(), device).normal((3, c.image_size, c.image_size))
         seen = [images[index]]
-        codes.append(tokenizer.encode(common.to_float(images[index]).to(device)))
-        tokenizer.decode(codes[-1], noise, steps=args.steps, solver=args.solver, preview=args.preview,
+        codes.append(tokenizer.encode(common.to_float(images[index]).to(device)).cpu())
+        tokenizer.decode(codes[-1].to(device), noise, steps=args.steps, solver=args.solver, preview=args.preview,
                          on_step=lambda k, x, seen=seen: seen.append(common.to_uint8(x).cpu()))
-        strips.append(torch.stack(seen, 1))                                                # (b, 1 + steps, 3, h, w)
+        strip = common.to_float(torch.stack(seen, 1))                                      # (b, 1 + steps, 3, h, w)
+        errors.append((strip[:, :1] - strip[:, 1:]).square().mean((2, 3, 4)))
+        strips += torch.stack(seen, 1) if index[0] < 16 else []
         bar.update(len(index))
     bar.close()
-    strips = torch.cat(strips)
-    error = (common.to_float(strips[:, :1]) - common.to_float(strips[:, 1:])).square().mean((2, 3, 4))
-    psnr = (10 * torch.log10(4 / error.clamp(min=1e-9))).mean(0)
+    psnr = (10 * torch.log10(4 / torch.cat(errors).clamp(min=1e-9))).mean(0).tolist()
     usage = len(torch.cat(codes).unique()) / c.codebook
-    shown = strips[:16]
-    common.save_picture(args.out, common.grid(shown.flatten(0, 1), shown.shape[1], names))
-    print(f"wrote {args.out}: original and the image after each step for {len(shown)} pictures; of {len(strips)}"
-          f" pictures: {psnr[-1]:.2f} dB PSNR (after each step {', '.join(f'{p:.1f}' for p in psnr)}),"
+    strips = torch.stack(strips[:16])
+    common.save_picture(args.out, common.grid(strips.flatten(0, 1), strips.shape[1], names))
+    beside = Path(args.out).with_suffix(".meta.json")
+    with common.atomic(beside) as f:
+        f.write(json.dumps({"tokenizer": str(path), "weights_hash": common.fingerprint(tokenizer), "count": len(images),
+                            "pictures": args.reconstruct, "seed": args.seed, "psnr_after_each_step": psnr,
+                            "usage": usage, "torch": str(torch.__version__)}, indent=1).encode())
+    print(f"wrote {args.out} and {beside}: original and image after each step for {len(strips)} pictures; of"
+          f" {len(images)}: {psnr[-1]:.2f} dB PSNR (after each step {', '.join(f'{p:.1f}' for p in psnr)}),"
           f" {100 * usage:.1f} % of {c.codebook} codes used")
 
 
@@ -346,16 +362,15 @@ def write(out, kind, rows, labels, names, classes, strip=False, headings=None):
     elif kind == "folder":
         for k, image in enumerate(rows[:, -1]):
             common.save_picture(out / f"{k:06d}_class{int(labels[k])}.png", common.Image.fromarray(image))
-    elif strip and kind == ".png":
-        pictures = torch.from_numpy(np.array(rows)).flatten(0, 1).permute(0, 3, 1, 2)
-        shown = [names[i] if names else str(i) for i in labels.tolist()]
-        common.save_picture(out, common.grid(pictures, frames, shown))
     else:
         by_class = n % classes == 0 and n // classes <= 32  # then every row is a class
         columns = n // classes if by_class else math.ceil(math.sqrt(n))
         shown = [names[i] if names else str(i) for i in labels[::columns].tolist()] if by_class else None
         if headings:
             columns, shown = n // len(headings), headings
+        if strip and kind == ".png":  # a row per image, a column per frame
+            columns, shown = frames, [names[i] if names else str(i) for i in labels.tolist()]
+            rows, frames = np.array(rows).reshape(-1, 1, *rows.shape[2:]), 1
         sheets = [common.grid(torch.from_numpy(np.array(rows[:, f])).permute(0, 3, 1, 2), columns, shown)
                   for f in range(frames)]
         common.save_gif(out, sheets) if kind == ".gif" else common.save_picture(out, sheets[0])

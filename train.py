@@ -2,7 +2,7 @@
 
     python train.py --model transdiff                                    # drawn shapes, on a laptop
     python train.py --model dar --data fashion-mnist
-    torchrun --nproc_per_node 8 train.py --model dar --size l --data /data/imagenet/train
+    torchrun --nproc_per_node 8 train.py --model dar --size l --data /data/imagenet/train --accumulate 4
     torchrun --nproc_per_node 8 train.py --model transdiff --size l --data /data/imagenet/train --vae kl16.ckpt
 
 A run lives in runs/<model>/<stage>/: config.json, model.pt (EMA weights, for sample.py), state.pt (to go on from),
@@ -92,6 +92,10 @@ def main():
         raise UserError(f"--size {args.size}: {args.model} has {', '.join(model.PRESETS)}")
     if args.stage not in (*names, "all"):
         raise UserError(f"--stage {args.stage}: {args.model} has {', '.join(names)}, or all")
+    for name in ("vae", "tokenizer"):
+        if getattr(args, name) and (name not in names or args.stage == name):
+            raise UserError(f"--{name}: " + (f"{name} is not trained where one is given" if name in names else
+                                             f"{args.model} has none"))
     if args.init and not (able := [s.name for s in model.STAGES if s.carry and args.stage in (s.name, "all")]):
         raise UserError(f"--init: stage {args.stage} always begins afresh")
     if args.init and args.stage == "all" and len([s for s in model.STAGES if s.carry and not s.start]) > 1:
@@ -118,8 +122,8 @@ def main():
             config = common.override(stage.config(config), args.set)
         except ValueError as error:
             raise UserError(f"this configuration is impossible: {error}") from None
-        if first and getattr(config, stage.first) != first.config:
-            raise UserError(f"--set {stage.first}...: the {stage.first} in {first_path} is another one")
+        if first and (asked := getattr(config, stage.first)) != first.config:
+            raise UserError(f"the {stage.first} in {first_path} is another one: {differences(first.config, asked)}")
         train(args, stage, config, data, first, first_path, rank, world, device)
     if world > 1:
         dist.destroy_process_group()
@@ -180,6 +184,7 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
               f"{f' of {group} images' * (group > 1)}; {device.type}, {precision}{', compiling' * compiled}; "
               f"{memory(device):.2f} GB used")
     log = Log(folder, step, args.tensorboard) if rank == 0 else None
+    stage.ready(module, config)
     if compiled:
         module.compile()  # in place and before DDP: the names in state_dict stay as they are
     wrapped = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False,
@@ -298,16 +303,20 @@ def resume(folder, module, ema, optimizer, config):
         except UserError as error:
             print(f"{error}; trying the one before")
             continue
-        saved, now = state["config"], dataclasses.asdict(config)
-        if saved != now:
-            differ = ", ".join(f"{k}: {saved.get(k)} -> {now.get(k)}" for k in now if saved.get(k) != now[k])
-            raise UserError(f"{folder} was begun with another configuration ({differ}); --fresh begins anew, --out"
-                            " names another place")
+        if (saved := common.rebuild(type(config), state["config"])) != config:
+            raise UserError(f"{folder} was begun with another configuration ({differences(saved, config)}); --fresh"
+                            " begins anew, --out names another place")
         common.load_strict(module, state["model"], path)
         common.load_strict(ema, state["ema"], path)
         optimizer.load_state_dict(state["optimizer"])
         return state["step"]
     return 0
+
+
+def differences(old, new):
+    """The fields of two configurations that differ."""
+    return ", ".join(f"{f.name}: {getattr(old, f.name)} -> {getattr(new, f.name)}" for f in dataclasses.fields(new)
+                     if f.compare and getattr(old, f.name) != getattr(new, f.name))
 
 
 def begin(args, stage, config, module, rank):

@@ -351,7 +351,7 @@ def test_dar_tokenizer_loss():
         def forward_features(self, x):
             return {"x_norm_patchtokens": made(f, f.meta["recipe"]["target"]["name"])}
 
-    tokenizer.teachers, tokenizer.weights, seen = dar.Frozen(None, Dino()), (0.0, 0.5), {}
+    tokenizer.judges, seen = (None, (Dino(), 0.5)), {}
     tokenizer.requires_grad_(True).train()
     pixels = tokenizer.pixels.forward
 
@@ -383,8 +383,7 @@ def test_dar_tokenizer_loss():
     rows = f["out/grad/query_embedding.weight"]
     close(ours["query_table.weight"][:len(rows)], rows, 2e-5)
 
-    tokenizer.teachers, tokenizer.weights, tokenizer.lpips_dropout = (
-        dar.Frozen(lpips_of(Fixture("lpips")), Dino()), (0.5, 0.5), 0.0)
+    tokenizer.judges, tokenizer.lpips_dropout = ((lpips_of(Fixture("lpips")), 0.5), (Dino(), 0.5)), 0.0
     out = tokenizer(x, u=u, noise=f["in/train_noise"])
     close(out["lpips"], f["out/lpips_x_pred"].mean(), 1e-4)
     close(out["loss"], f["out/total"], 2e-5)

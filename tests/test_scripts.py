@@ -354,6 +354,12 @@ def test_a_tokenizer_is_tuned_to_a_smaller_codebook(trained_dar, in_process, pic
     in_process(train, "--data", pictures, "--out", tmp_path, "--stage", "tokenizer", "--steps", 1, "--init",
                trained_dar / "tokenizer/model.pt", *DAR, "tokenizer.codebook=16")
     assert "begun afresh: quantizer.embedding.weight; not used: none" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="holds an AR model, not a tokenizer"):
+        in_process(train, "--data", pictures, "--out", tmp_path, "--stage", "ar", "--tokenizer",
+                   trained_dar / "ar/model.pt", *DAR)
+    with pytest.raises(common.UserError, match="image_size: 16 -> 32"):
+        in_process(train, "--data", pictures, "--out", tmp_path, "--stage", "ar", "--tokenizer",
+                   trained_dar / "tokenizer/model.pt", *DAR, "--image-size", 32)
 
 
 def test_tokens_are_cached_small_and_are_what_the_tokenizer_says(trained_dar, in_process, pictures, tmp_path):
@@ -388,7 +394,10 @@ def test_tokens_on_the_fly_are_the_cached_ones(trained_dar, in_process, pictures
     (["--size", "m"], "tiny, b, l, xl, xxl"), (["--stage", "vae"], "tokenizer, ar"),
     (["--stage", "ar"], "train stage tokenizer, or give --tokenizer FILE"),
     (["--set", "tokenizer.groups=5"], "a multiple of 5 groups"), (["--set", "tokenizer.beta=x"], "beta is a float"),
-    (["--init", "x.pt"], "--stage tokenizer or ar"), (["--init", "x.pt", "--stage", "ar"], "train stage tokenizer"),
+    (["--init", "x.pt"], "--stage tokenizer or ar"), (["--vae", "x.pt"], "--vae: dar has none"),
+    (["--stage", "tokenizer", "--tokenizer", "x.pt"], "not trained where one is given"),
+    (["--set", "cfg=4"], "cfg is a pair"), (["--set", "tokenizer.groups=0"], "are 1 or more"),
+    (["--init", "x.pt", "--stage", "ar"], "train stage tokenizer"),
     (["--set", "repa_weight=0.5"], "REPA needs a grid of 16"), (["--tokenizer", "x.pt"], "x.pt, which is not there")])
 def test_mistakes_in_training_dar_are_one_line(in_process, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
@@ -530,10 +539,11 @@ def test_dar_samples_by_the_real_command(trained_dar, tmp_path):
 
 def test_streamed_pictures_grow_while_tokens_come(trained_dar, in_process, tmp_path, monkeypatch):
     """The file on disk has one column more after each group; at the end its last column is the result."""
-    widths, whole = [], dar.Decoding.advance
+    widths, previews, whole = [], [], dar.Decoding.advance
 
     def watched(self):
         whole(self)
+        previews.append(common.to_uint8(self.image.clamp(-1, 1)).permute(0, 2, 3, 1).numpy())
         with Image.open(tmp_path / "x.png") as picture:
             ink = np.asarray(picture).astype(int).sum((0, 2))
         widths.append(sum(ink[k * 66 + 90:k * 66 + 110].mean() for k in range(4)))
@@ -545,8 +555,10 @@ def test_streamed_pictures_grow_while_tokens_come(trained_dar, in_process, tmp_p
     in_process(sample, *arguments, "--out", tmp_path / "plain.npz")
     strip = np.asarray(Image.open(tmp_path / "x.png"))
     for k, image in enumerate(arrays(tmp_path / "plain.npz")[0]):
-        corner = strip[2 + 66 * k:66 * (k + 1), -66:-2]
-        assert np.array_equal(corner[::4, ::4], image)
+        row = strip[2 + 66 * k:66 * (k + 1)][::4]
+        assert np.array_equal(row[:, -66:-2:4], image)
+        for step, shown in enumerate(previews):
+            assert np.array_equal(row[:, (step - 4) * 66:][:, :64:4], shown[k])
     in_process(sample, *arguments, "--stream", "--out", tmp_path / "x.gif")
     with Image.open(tmp_path / "x.gif") as film:
         assert film.n_frames >= 2  # equal frames are one in a GIF
@@ -585,7 +597,7 @@ def test_reconstructions_of_files(trained_dar, in_process, pictures, tmp_path, c
     tiles = [[sheet[66 * r:66 * r + 64:4, 66 * k:66 * k + 64:4].astype(float) for k in range(5)] for r in range(2)]
     assert all(np.array_equal(tiles[r][0], np.asarray(Image.open(f).convert("RGB"))) for r, f in enumerate(files))
     psnr = np.mean([10 * np.log10(255**2 / np.mean((row[4] - row[0]) ** 2)) for row in tiles])
-    assert f"of 2 pictures: {psnr:.2f} dB" in said and "% of 32 codes used" in said
+    assert f"of 2: {psnr:.2f} dB" in said and "% of 32 codes used" in said
 
 
 @pytest.mark.parametrize("arguments,words", [
@@ -595,7 +607,9 @@ def test_reconstructions_of_files(trained_dar, in_process, pictures, tmp_path, c
     (["--prefix-image", "x.png", "--prefix-tokens", "3"], "cannot read x.png"),
     (["--prefix-image", "x.png", "--prefix-tokens", "9"], "the tokenizer has 8 tokens"),
     (["--stream", "--out", "x.npz"], "--stream writes a .png or .gif"), (["--top-p", "2"], "top-p is more than 0"),
-    (["--reconstruct", "x.png"], "no such folder"), (["--reconstruct", "x.png", "y.png"], "cannot read x.png"),
+    (["--reconstruct", "x.png"], "no such folder"), (["--reconstruct", "x.png", "--cfg", "2"], "not go with --cfg"),
+    (["--drift-scale", "0"], "--drift-scale is not an option of dar"),
+    (["--reconstruct", "x.png", "y.png"], "cannot read x.png"),
     (["--tokenizer", "none.pt"], "no such file")])
 def test_mistakes_in_sampling_dar_are_one_line(trained_dar, in_process, tmp_path, monkeypatch, capsys, arguments,
                                                words):
@@ -615,7 +629,7 @@ def test_a_released_pair_makes_pictures(trained_dar, in_process, tmp_path):
     state = {k.replace("class_embed", "cls_embedding.embedding_table").replace("token_embed", "tok_embeddings"): v
              for k, v in model.state_dict().items()}
     torch.save({"model": state}, tmp_path / "ar.pt")
-    with pytest.raises(common.UserError, match="8 tokens of 32 codes, the model needs 256 of 16384"):
+    with pytest.raises(common.UserError, match="8 tokens of 32 codes for 16 pixels, the model needs 256 of 16384"):
         in_process(sample, "--model", "dar", "--ckpt", tmp_path / "ar.pt", "--tokenizer",
                    trained_dar / "tokenizer/model.pt", "--out", tmp_path / "x.png")
 
