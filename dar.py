@@ -213,7 +213,8 @@ class Quantizer(nn.Module):
     def __init__(self, n, dim, window=65536):
         super().__init__()
         self.embedding = nn.Embedding(n, dim)
-        self.register_buffer("recent", torch.full((window,), -1, dtype=torch.int32))       # the latest codes
+        self.window = window
+        self.register_buffer("age", torch.full((n,), window))  # tokens since its last use
 
     def codewords(self):
         """(n, code_dim), of length one; what is stored need not be."""
@@ -233,9 +234,9 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def usage(self, codes):
         """Notes these codes; the share of the codebook among the latest `window`, 0 .. 1."""
-        self.recent.copy_(torch.cat([codes.flatten().int(), self.recent])[:len(self.recent)])
-        used = torch.zeros(len(self.embedding.weight) + 1, device=codes.device)
-        return used.index_fill(0, self.recent.long() + 1, 1.0)[1:].mean()
+        self.age += codes.numel()
+        self.age[codes.flatten()] = 0
+        return (self.age < self.window).float().mean()
 
 
 # --- The pixel diffusion decoder --------------------------------------------------------------------------------------
@@ -945,7 +946,7 @@ def tokenizer_from_released(state, released=None, path="the checkpoint", **overr
         tokenizer = Tokenizer(TokenizerConfig(**{**given, **found, **overrides}))
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: not a D-AR tokenizer ({error})") from None
-    common.load_strict(tokenizer, {**state, "quantizer.recent": tokenizer.quantizer.recent}, path)
+    common.load_strict(tokenizer, {**state, "quantizer.age": tokenizer.quantizer.age}, path)
     return tokenizer.eval().requires_grad_(False)
 
 

@@ -437,7 +437,7 @@ def test_missing_networks_are_one_line(tmp_path, monkeypatch):
 def released(module):
     """A state dict under the released names, 1x1 convolutions and monitor included."""
     table = [(r"^query_table", "query_embedding"), (r"^to_code", "quant_in_conv"), (r"^from_code", "quant_out_conv"),
-             (r"^quantizer\.recent", "quantize.codebook_used"), (r"^quantizer\.", "quantize."),
+             (r"^quantizer\.age", "quantize.codebook_used"), (r"^quantizer\.", "quantize."),
              (r"^positions", "decoder_embedding"), (r"^(pixels\.blocks\.\d+\.)condition", r"\1cond_embed"),
              (r"^pixels\.condition", "pixels.cond_mlp"), (r"^pixels\.input", "pixels.conv_in"),
              (r"^pixels\.output", "pixels.conv_out"), (r"^pixels\.repa", "pixels.repa_out"),

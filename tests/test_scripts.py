@@ -353,7 +353,7 @@ def test_a_tokenizer_is_tuned_to_a_smaller_codebook(trained_dar, in_process, pic
     """Table 1's 4096 from 16384 codes, in small: all but the codebook is carried over."""
     in_process(train, "--data", pictures, "--out", tmp_path, "--stage", "tokenizer", "--steps", 1, "--init",
                trained_dar / "tokenizer/model.pt", *DAR, "tokenizer.codebook=16")
-    assert "begun afresh: quantizer.embedding.weight; not used: none" in capsys.readouterr().out
+    assert "begun afresh: quantizer.age, quantizer.embedding.weight; not used: none" in capsys.readouterr().out
     with pytest.raises(common.UserError, match="holds an AR model, not a tokenizer"):
         in_process(train, "--data", pictures, "--out", tmp_path, "--stage", "ar", "--tokenizer",
                    trained_dar / "ar/model.pt", *DAR)
