@@ -587,7 +587,7 @@ def load_dino(folder=""):
         with common.rank_zero_first():
             network = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14", pretrained=False, trust_repo=True,
                                      verbose=False)
-    except Exception as error:  # whatever a network, an archive or the code of others raises
+    except (OSError, RuntimeError, ImportError, ValueError) as error:
         raise UserError(f"torch.hub cannot load facebookresearch/dinov2 ({str(error).splitlines()[0]}); --set"
                         " repa_weight=0 trains without it") from None
     common.load_strict(network, state, "dinov2_vitb14_pretrain.pth")

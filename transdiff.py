@@ -522,9 +522,9 @@ def generate(model, vae, labels, noise, *, on_step=None, **options):
 
 def check(model, vae):
     """Raises UserError if the model was made for another kind of VAE."""
-    has, needs = ((c.channels, c.factor) for c in (vae.config, model.config.vae))
+    has, needs = (f"{c.channels} channels at f{c.factor}" for c in (vae.config, model.config.vae))
     if has != needs:
-        raise UserError(f"the VAE has {has[0]} channels at f{has[1]}, the model needs {needs[0]} at f{needs[1]}")
+        raise UserError(f"the VAE has {has}, the model needs {needs}")
 
 
 def reconstructions(vae, first, images, labels, noise):

@@ -455,7 +455,7 @@ def test_every_kind_of_output(trained, in_process, tmp_path):
 def test_another_vae_than_the_models_is_refused(trained, in_process, tmp_path):
     vae = common.KLVAE(common.VAEConfig(channels=4, width=32, mult=(1, 2), blocks=1, attention=()))
     common.save(tmp_path / "f2.pt", vae.state_dict())
-    with pytest.raises(common.UserError, match="has 4 channels at f2, the model needs 4 at f4"):
+    with pytest.raises(common.UserError, match="has 4 channels at f2, the model needs 4 channels at f4"):
         in_process(sample, "--model", "transdiff", "--run", trained, "--vae", tmp_path / "f2.pt", "--out",
                    tmp_path / "x.png")
 
