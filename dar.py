@@ -13,7 +13,7 @@ Where     Eq. 1, tokens: Tokenizer.encode             Eq. 5, 8, clocks and group
           Eq. 2 to 4 and 7, the loss: Tokenizer.forward           jump-estimates, Eq. 8's steps: Decoding.advance
           Eq. 6, next-token loss: Llama.forward                   Sec. 3.3, streaming: generate
 Differs   The paper leaves much open; what the released code does is a Config field where both are plausible: `times`,
-          `lpips_dropout`, `solver`, `preview`. The table "Where paper and code differ" in the README has all points.
+          `preview`, `lpips_dropout`. The table "Where paper and code differ" in the README has all points.
 """
 import dataclasses
 import functools
