@@ -68,8 +68,10 @@ class TokenizerConfig:
         for name in ("dim", "decoder_dim", "pixel_dim"):
             if getattr(self, name) % HEAD:
                 raise ValueError(f"{name} {getattr(self, name)} is not a multiple of {HEAD}")
-        if min(self.patch, self.pixel_patch, self.groups) < 1:
-            raise ValueError("patch, pixel_patch and groups are 1 or more")
+        for name in ("patch", "pixel_patch", "groups", "queries", "codebook", "code_dim", "dim", "decoder_dim",
+                     "pixel_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is 1 or more")
         for name in ("patch", "pixel_patch"):
             if self.image_size % getattr(self, name):
                 raise ValueError(f"image_size {self.image_size} is not divisible by {name} {getattr(self, name)}")
@@ -115,7 +117,7 @@ class Config:
 TINY_TOKENIZER = TokenizerConfig(
     image_size=32, patch=4, dim=128, depth=2, queries=64, query_rows=64, codebook=512, code_dim=3, decoder_dim=128,
     decoder_depth=2, pixel_patch=4, pixel_dim=128, pixel_depth=4, repa_layer=0)
-ABLATION = TokenizerConfig(dim=512, decoder_dim=512, pixel_dim=512, pixel_depth=8, repa_layer=5)  # App. III
+ABLATION = TokenizerConfig(dim=512, decoder_dim=512, pixel_dim=512, pixel_depth=8, repa_layer=5)  # App. III; 5: a guess
 PRESETS = {
     "tiny": Config(image_size=32, classes=10, dim=192, heads=3, depth=4, dropout=0.0, cfg=(4.0, 4.0), crops=1,
                    lpips_weight=0.0, repa_weight=0.0, tokenizer=TINY_TOKENIZER),

@@ -396,7 +396,7 @@ def test_tokens_on_the_fly_are_the_cached_ones(trained_dar, in_process, pictures
     (["--set", "tokenizer.groups=5"], "a multiple of 5 groups"), (["--set", "tokenizer.beta=x"], "beta is a float"),
     (["--init", "x.pt"], "--stage tokenizer or ar"), (["--vae", "x.pt"], "--vae: dar has none"),
     (["--stage", "tokenizer", "--tokenizer", "x.pt"], "not trained where one is given"),
-    (["--set", "cfg=4"], "cfg is a pair"), (["--set", "tokenizer.groups=0"], "are 1 or more"),
+    (["--set", "cfg=4"], "cfg is a pair"), (["--set", "tokenizer.groups=0"], "groups is 1 or more"),
     (["--init", "x.pt", "--stage", "ar"], "train stage tokenizer"),
     (["--set", "repa_weight=0.5"], "REPA needs a grid of 16"), (["--tokenizer", "x.pt"], "x.pt, which is not there")])
 def test_mistakes_in_training_dar_are_one_line(in_process, tmp_path, monkeypatch, capsys, arguments, words):
