@@ -838,13 +838,14 @@ def guidance_scales(cfg, steps):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained: AdamW, linear warm-up from zero, constant, linear decay at the end."""
+    """How a stage is trained: AdamW, linear warm-up from zero, constant, decay at the end."""
     lr: float
     batch: int                        # samples per optimizer step, over all ranks and micro-batches
     epochs: float                     # length in passes over the data
     warmup: float = 0.0               # share of the run, 0 .. 1
     decay: float = 0.0                # share of the run, at its end
     final: float = 0.0                # learning rate at the end of the decay, as a share of lr
+    exponential: bool = False         # shape of the decay: linear, or exponential (then final is more than 0)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.02
     clip: float = 3.0                 # largest gradient norm
@@ -854,7 +855,8 @@ class Recipe:
         """Learning rate of optimizer step `step` (0 .. steps - 1)."""
         rising, falling = self.warmup * steps, self.decay * steps
         rate = self.lr * min(1, step / rising) if rising else self.lr
-        return rate * (self.final + (1 - self.final) * min(1, (steps - step) / falling)) if falling else rate
+        left = min(1, (steps - step) / falling) if falling else 1
+        return rate * (self.final ** (1 - left) if self.exponential else self.final + (1 - self.final) * left)
 
 
 @dataclass(frozen=True)
@@ -1028,7 +1030,8 @@ def walk(module, *inputs, depth=2):
 
     def show(name):
         def hook(part, args, output):
-            shape = tuple((output[0] if isinstance(output, tuple) else output).shape)
+            parts = output if isinstance(output, dict) else {"": output[0] if isinstance(output, tuple) else output}
+            shape = ", ".join(f"{key} {tuple(part.shape)}".strip() for key, part in parts.items())
             if name not in seen:
                 print(f"  {name:32s} {type(part).__name__:18s} {shape}")
             seen.add(name)

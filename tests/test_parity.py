@@ -2,6 +2,7 @@
 
 PARITY_FIXTURES=FOLDER runs other files of the same names. Sizes and cases come from the files: nothing is fixed here.
 """
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 
 import common
 import dar
+import madformer
 import transdiff
 
 FOLDER = Path(os.environ.get("PARITY_FIXTURES", Path(__file__).parent / "fixtures"))
@@ -471,3 +473,290 @@ def test_dar_ar_filters():
         close(dar.probabilities(f["in/filter_logits"], **how), f[f"out/probs_{case['name']}"])
         if f"out/probs_{case['name']}_ties" in f:
             close(dar.probabilities(f["in/filter_logits_ties"], **how), f[f"out/probs_{case['name']}_ties"])
+
+
+# --- MADFormer --------------------------------------------------------------------------------------------------------
+
+def madformer_of(f, state, flags=(), diff_depth=None, **overrides):
+    """The released model under these switches; what its shapes do not tell comes from the file."""
+    c = f.config
+    switches = {field: value for switch, (field, value) in madformer.SWITCHES.items() if dict(flags).get(switch)}
+    assert c["head_dim"] == madformer.HEAD and c["rms_norm_eps"] == 1e-5
+    model = madformer.from_released(
+        state, ar_length=c["ar_len"], diffusion_depth=diff_depth or c["diff_depth"],
+        unet={"groups": c["unet_resnet_groups"], "heads": c["unet_num_heads"]}, **switches, **overrides)
+    u = model.config.unet
+    assert (model.config.dim, model.config.mlp, model.config.depth) == (c["hidden_size"], c["intermediate_size"],
+                                                                        c["depth"])
+    assert (u.channels, u.blocks, u.attention) == tuple(tuple(c[f"unet_{name}"]) for name in (
+        "block_out_channels", "num_layers_per_block", "transformer_layers_per_block"))
+    return model
+
+
+def to_blocks(x, channels=4):
+    """The released layout (..., pixels, channels) of a block as (..., channels, p, p)."""
+    return x.transpose(-1, -2).unflatten(-1, (math.isqrt(x.shape[-2]),) * 2)
+
+
+def from_blocks(x):
+    return x.flatten(-2).transpose(-1, -2)
+
+
+def modes_of(name):
+    """(mode, its switches, depth, state, note) of a fixture; the weights stand in another file."""
+    f = Fixture(name)
+    modes = {"default": {"flags": {}}} if name == "madformer_sample" else {}
+    return [(mode, how) for mode, how in {**modes, **f.meta["modes"]}.items()]
+
+
+def state_of(f, mode):
+    state = {**Fixture("madformer").state(), **f.state()}
+    if mode == "single_set":  # one set for both: the file says that the noise tower's is it
+        state = {k: state[k.replace("_list.0.", "_list.1.")] for k in state}
+    return state
+
+
+class Watch:
+    """Records what a MADFormer's downsampler, towers and upsampler give while a loss is computed."""
+
+    def __init__(self, model):
+        self.tokens, self.kept, self.rows, self.condition = None, None, None, None
+        down, towers = model.down.forward, model.towers
+
+        def watched_down(x, t):
+            self.tokens, self.kept = down(x, t)
+            return self.tokens, self.kept
+
+        def watched_towers(rows, about, z):
+            self.rows, self.condition = towers(rows, about, z)
+            return self.rows, self.condition
+        model.down.forward, model.towers = watched_down, watched_towers
+
+
+def check_madformer(f, model, out, prefix, totals):
+    """Outputs and losses of one forward pass, and gradients for each total: {name of norms: (weights, prefix)}."""
+    c, B = model.config, len(f["in/clean"])
+    clean, eps, t = f["in/clean"], f["in/noise"], f["in/t"]
+    watch = Watch(model)
+    x = model.join(to_blocks(clean))
+    close(from_blocks(model.noised(to_blocks(clean), to_blocks(eps), t)), f["in/noised"], 1e-6)
+
+    def loss(**changes):
+        model.config = dataclasses.replace(c, target="noise", image_weight=1.0, hidden_weight=0.1, **changes)
+        return model(x, torch.zeros(B, dtype=torch.long), t=t, eps=to_blocks(eps))
+
+    result = loss(hidden="sum")
+    close(result["image"], f[f"{prefix}loss_image"])
+    close(result["loss"], f[f"{prefix}loss_total"])
+    if c.condition:
+        close(result["hidden"], f[f"{prefix}loss_hidden"])
+        if f"{prefix}loss_hidden_before_add" in f:
+            close(loss(hidden="condition")["hidden"], f[f"{prefix}loss_hidden_before_add"])
+    model.config = dataclasses.replace(c, target="clean")
+    close(model(x, torch.zeros(B, dtype=torch.long), t=t, eps=to_blocks(eps))["image"], f[f"{prefix}loss_image_sample"])
+
+    def up(rows, kept, m=c.ar_length):
+        kept = [k.unflatten(0, (B, -1))[:, :m].flatten(0, 1) for k in kept]
+        blocks = model.up(rows.unflatten(1, (m, -1)).flatten(0, 1), t[:, :m].flatten(), kept)
+        return from_blocks(blocks.unflatten(0, (B, m)))
+
+    of_clean, of_noisy = zip(*(k.chunk(2) for k in watch.kept))
+    z = watch.tokens.chunk(2)[1].unflatten(0, (B, -1)).flatten(1, 2)
+    close(up(watch.rows["noise"], of_noisy), f[f"{prefix}pred"], 2e-5)
+    condition = watch.condition if c.condition else torch.zeros_like(z)
+    close(up(condition + z, of_clean), f[f"{prefix}condition"], 2e-5)
+    if c.condition and f"{prefix}condition_before_add" in f:
+        close(up(condition, of_clean), f[f"{prefix}condition_before_add"], 2e-5)
+    if c.clean_blocks:  # the last clean block is seen by nobody: here it does not run
+        told = {}
+        for target in ("same", "next"):
+            result = loss(clean_weight=0.1, clean_target=target)
+            told[target] = result["clean"]
+        close(told["same"], f[f"{prefix}loss_clean_tower"])
+        close(told["next"], f[f"{prefix}loss_clean_tower_next"])
+        close(up(watch.rows["clean"], of_clean, c.seen), f[f"{prefix}clean_tower"][:, :c.seen], 2e-5)
+    names = json.loads(str(f.arrays["meta"]))["grad_names"]
+    for norms, (changes, full) in totals.items():
+        model.zero_grad()
+        loss(hidden="sum", **changes)["loss"].backward()
+        ours = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+        def gradient(name, ours=ours):
+            return ours.get(next(iter(madformer.renamed({name: torch.zeros(())}))), torch.zeros(()))
+        for name, theirs in zip(names, f[norms], strict=True):
+            assert (gradient(name).norm() - theirs).abs() <= 1e-4 * theirs + 1e-5, name
+        for key in f.keys(full):
+            gap = (gradient(key.removeprefix(full)) - f[key]).abs().max()
+            assert gap <= 1e-4 * f[key].abs().max() + 1e-6, key
+    return watch
+
+
+def test_madformer():
+    """Predictions, condition with and without the noisy latent, clean tower, every loss, every gradient."""
+    f = Fixture("madformer")
+    model = madformer_of(f, f.state())
+    watch = check_madformer(f, model, f, "out/", {
+        "out/grad_norms": ({}, "grad/"), "out/grad_norms_all": ({"clean_weight": 0.1, "clean_target": "same"},
+                                                               "grad_all/")})
+    T, n = model.config.ar_length, model.config.tokens
+    clean, z = watch.tokens.chunk(2)
+    close(clean[:T].flatten(0, 1), f["out/clean_down0"], 2e-5)
+    close(z[:T].flatten(0, 1), f["out/noised_down0"], 2e-5)
+    close(watch.condition[0], f["out/h_ar0"][T * n:], 2e-5)
+    close(watch.rows["noise"][0], f["out/h_final0"][T * n:], 2e-5)
+    close(watch.rows["clean"][0], f["out/h_final0"][:(T - 1) * n], 2e-5)
+
+
+@pytest.mark.parametrize("mode,how", modes_of("madformer_ablations"), ids=lambda x: x if isinstance(x, str) else "")
+def test_madformer_ablations(mode, how):
+    f = Fixture("madformer_ablations")
+    model = madformer_of(f, state_of(f, mode), how["flags"], how["diff_depth"])
+    check_madformer(f, model, f, f"out/{mode}/", {f"out/{mode}/grad_norms": ({}, f"grad/{mode}/")})
+
+
+def test_madformer_shared_set():
+    """One set of parameters gives what two equal ones give; its gradient is the sum of theirs."""
+    f = Fixture("madformer_ablations")
+    mode = "single_set"
+    state = madformer.renamed(state_of(f, mode))
+    one = {k.replace(".noise.", ".all."): v for k, v in state.items() if ".sets.clean." not in k}
+    config = dataclasses.replace(madformer_of(f, state_of(f, mode)).config, shared=True)
+    model = madformer.MADFormer(config)
+    common.load_strict(model, one, "the fixture")
+    check_madformer(f, model, f, f"out/{mode}/", {})
+
+
+def test_madformer_masks():
+    """The rule in all variants, block by block, against the released masks."""
+    f = Fixture("madformer")
+    for name, clean, alone in (("default", True, False), ("mlp", True, True), ("no_clean", False, False),
+                               ("mlp_no_clean", False, True)):
+        model = madformer_of(f, f.state(), {"clear_clean": not clean})
+        T, n = model.config.ar_length, model.config.tokens
+        parts = [model.image_rows(madformer.CLEAN, 0, T)] * clean + [model.image_rows(madformer.NOISE, 0, T)]
+        rows = madformer.together(parts)
+        i = torch.arange(len(rows.place))
+        mask = madformer.rule(rows, rows, alone)(torch.zeros(1, 1, dtype=torch.long), None, i[:, None], i)
+        blocks = f[f"out/mask_{name}"].bool()
+        assert torch.equal(mask, blocks.repeat_interleave(n, 0).repeat_interleave(n, 1)), name
+
+
+def test_madformer_rotary():
+    """Bases, frequencies that end at exactly 1 / base, and the form that is no rotation."""
+    f = Fixture("madformer")
+    side = f["out/rope_cos_table"].shape[0]
+    rows, columns = f["in/rope_pos"]
+    angles = madformer.rotary(rows, columns, side)
+    close(madformer.rotate(f["in/rope_q"], angles), f["out/rope_q"])
+    close(madformer.rotate(f["in/rope_k"], angles), f["out/rope_k"])
+    line = madformer.rotary(torch.arange(side), torch.arange(side), side)[..., :madformer.HEAD // 2]
+    close(line[0], f["out/rope_cos_table"])
+    close(line[1], f["out/rope_sin_table"])
+    model = madformer_of(f, f.state())
+    r, c = f["out/position_ids"]
+    close(model.rotary, madformer.rotary(r, c, f.config["tokens_per_side"]))
+
+
+@pytest.mark.parametrize("mode,how", modes_of("madformer_sample"), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize("way", ["cached", "plain"])
+def test_madformer_sample(mode, how, way):
+    """Every sampler under every switch, with the caches and without."""
+    f = Fixture("madformer_sample")
+    for key in f.keys(f"out/{mode}/"):
+        sampler = key.removeprefix(f"out/{mode}/")
+        if sampler.endswith(("_timesteps", "_pred", "_x")):
+            continue
+        model = madformer_of(f, state_of(f, mode), how["flags"], how.get("diff_depth"), steps=f.meta["steps"],
+                             target="clean" if sampler.endswith("_x0") else "noise",
+                             sampler=sampler.split("_")[0], clip=1.0 if sampler == "ddim" else 0.0)
+        noise = Replay(*to_blocks(f["in/noise"]).unbind(1))
+        labels = torch.zeros(len(f["in/noise"]), dtype=torch.long)
+        latents = (model.sample if way == "cached" else model.sample_plainly)(labels, noise)
+        close(from_blocks(model.cut(latents)), f[key], 1e-4)
+
+
+def test_madformer_sample_steps():
+    """The network's output and the latent after each step of each block."""
+    f = Fixture("madformer_sample")
+    for sampler, kind in (("ddim_noclip", "ddim"), ("dpm", "dpm")):
+        model = madformer_of(f, state_of(f, "default"), steps=f.meta["steps"], sampler=kind)
+        assert madformer.schedule(kind, f.meta["steps"])[0] == f[f"out/default/{sampler}_timesteps"].tolist()
+        outputs, inputs, denoise = [], [], model.denoise
+
+        def watched(x, *args, inputs=inputs, outputs=outputs, denoise=denoise):
+            inputs.append(x)
+            outputs.append(denoise(x, *args))
+            return outputs[-1]
+        model.denoise = watched
+        noise = Replay(*to_blocks(f["in/noise"]).unbind(1))
+        latents = model.sample(torch.zeros(len(f["in/noise"]), dtype=torch.long), noise)
+        shape = f[f"out/default/{sampler}_pred"].shape
+        close(from_blocks(torch.stack(outputs)).view(shape), f[f"out/default/{sampler}_pred"], 1e-4)
+        after = from_blocks(torch.stack(inputs)).view(shape)[:, 1:]
+        close(after, f[f"out/default/{sampler}_x"][:, :-1], 1e-4)
+        close(from_blocks(model.cut(latents)).transpose(0, 1), f[f"out/default/{sampler}_x"][:, -1], 1e-4)
+
+
+def test_schedulers():
+    """Timesteps exactly, and every point of every trajectory."""
+    f = Fixture("schedulers")
+    close(madformer.alphas_bar(), f["out/alphas_cumprod"], 1e-6)
+    model = madformer.MADFormer(dataclasses.replace(madformer.PRESETS["tiny"], text=False))
+    x = f["in/add_x"][:, :, None, None, None]
+    close(model.noised(x.transpose(1, 2), f["in/add_noise"][:, :, None, None, None].transpose(1, 2),
+                       f["in/add_t"][:, None]).flatten(1), f["out/add_noise"], 1e-6)
+    for key in f.keys("out/timesteps_"):
+        sampler, steps = key.removeprefix("out/timesteps_").split("/")
+        assert madformer.schedule(sampler, int(steps))[0] == f[key].tolist(), key
+    for key in f.keys("out/"):
+        if not key.endswith("/x"):
+            continue
+        name, steps = key.split("/")[1:3]
+        kind, theirs, ours = name.split("_")[0], f[key], []
+
+        def network(x, i, t, ours=ours):
+            ours.append(x)
+            return 0.3 * x + 0.1 * math.sin(t / 100)
+        clip = 1.0 if name in ("ddim", "ddim_x0_clip") else 0.0
+        target = "clean" if "_x0" in name else "noise"
+        ours.append(madformer.solve(network, theirs[0], kind, int(steps), target, clip))
+        close(torch.stack(ours), theirs, 2e-5)
+
+
+@torch.no_grad()
+def test_unet_blocks():
+    """Down- and upsampler, feature by feature; one step for the whole batch, too."""
+    f = Fixture("unet_blocks")
+    c = f.config
+    config = madformer.Config(
+        image_size=8 * f["in/x"].shape[-1], ar_length=1, dim=c["hidden_size"], mlp=64, depth=1, diffusion_depth=1,
+        unet=madformer.UNetConfig(*(tuple(c[f"unet_{name}"]) for name in (
+            "block_out_channels", "num_layers_per_block", "transformer_layers_per_block")),
+            groups=c["unet_resnet_groups"], heads=c["unet_num_heads"], time_dim=c["unet_time_emb_dim"]))
+    parts = torch.nn.ModuleDict({"down": madformer.Downsampler(config), "up": madformer.Upsampler(config)})
+    common.load_strict(parts, madformer.renamed(f.state()), "the fixture")
+    down, up = parts["down"], parts["up"]
+    close(down.time(f["in/t"]), f["out/temb_down"])
+    close(up.time(f["in/t"]), f["out/temb_up"])
+    tokens, kept = down(f["in/x"], f["in/t"])
+    hidden = f["in/hidden"]
+    close(tokens.transpose(1, 2).view(f["out/down"].shape), f["out/down"])
+    for k, feature in enumerate(kept):
+        close(feature, f[f"out/down_res_{k}"])
+    close(down.levels[0].resnets[0](f["out/down_res_0"], f["out/temb_down"]), f["out/resnet0"])
+    close(down.levels[1].attentions[0](f["out/down_res_4"]), f["out/attn0"])
+    stages = []
+    for level in up.levels:
+        def watched(j, x, e, block=level.block):
+            stages.append(block(j, x, e))
+            return stages[-1]
+        level.block = watched
+        if level.resample is not None:
+            level.resample.register_forward_hook(lambda module, args, out: stages.append(out))
+    close(up(hidden.flatten(2).transpose(1, 2), f["in/t"], kept), f["out/up"])
+    for k in range(len(f.keys("out/up_stage_"))):
+        close(stages[k], f[f"out/up_stage_{k}"])
+    close(up(tokens, f["in/t"], kept), f["out/up_of_down"])
+    tokens, kept = down(f["in/x"], f["in/t_scalar"].view(1))
+    close(tokens.transpose(1, 2).view(f["out/down"].shape), f["out/down_scalar_t"])
+    close(up(hidden.flatten(2).transpose(1, 2), f["in/t_scalar"].view(1), kept), f["out/up_scalar_t"])

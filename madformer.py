@@ -1,0 +1,966 @@
+"""MADFormer: early layers run autoregressively over image blocks, late layers denoise (Chen, Tsvetkov, Han, 2025).
+
+Idea      The latent of an image is cut into T square blocks that are generated one after another. One transformer does
+          both halves of the work. Its first N - D layers run once per block: from the text and the clean blocks so
+          far they make a condition for the next block. Its last D layers run at every denoising step: they turn the
+          condition plus a noisy block into the clean block. The more layers are autoregressive, the cheaper a step is.
+Towers    Text, clean blocks and noisy blocks are rows of one sequence with parameters of their own in every layer; only
+          the softmax of the attention mixes them. A small U-Net makes tokens of latents and latents of tokens.
+Shapes    B batch, T blocks of n tokens, H width, N layers, the last D of them denoise; S denoising steps.
+          Images (B, 3, h, w), latents (B, z, h', w') scaled by the VAE, blocks (B, T, z, p, p). Labels (B,).
+Time      DDPM steps t = 0 .. 999: 0 is almost clean, 999 noise; x_t = alpha_t x_0 + sigma_t eps.
+Where     Eq. 1 to 3, the condition: MADFormer.towers, prepare     Eq. 4 and 5, denoising: towers, denoise
+          Eq. 6, the loss: MADFormer.forward                       who sees whom: rule
+          DDIM and DPM-Solver++: solve                             as plainly as possible: MADFormer.sample_plainly
+Differs   Paper and released code differ in much: `target`, `image_weight`, `hidden`, `clean_target`, `clean_time` have
+          both. The table "Where paper and code differ" in the README has all points.
+"""
+import dataclasses
+import functools
+import math
+import re
+from collections import namedtuple
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import common
+from common import SD_VAE, Recipe, Stage, UserError, VAEConfig
+
+HEAD = 64  # channels of an attention head
+TEXT, CLEAN, NOISE = range(3)  # kinds of rows
+TOWERS = ("text", "clean", "noise")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of the U-Net halves that stand before and behind the transformer."""
+    channels: tuple[int, ...] = (512, 1024)  # per level; each level but the last halves the side
+    blocks: tuple[int, ...] = (2, 2)         # residual blocks per level; the upsampler has one more
+    attention: tuple[int, ...] = (0, 1)      # 1: attention after every residual block of the level
+    groups: int = 8                          # of every group norm
+    heads: int = 8                           # of that attention
+    time_dim: int = 128                      # width of the time embedding
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that fixes shapes, loss and the sampler's defaults. The default is the published FFHQ model."""
+    image_size: int = 1024          # pixels
+    classes: int = 1                # number of classes
+    texts: tuple[str, ...] = ()     # what each class is called; taken from the data
+    text: bool = False              # is there a text tower? Then the class's name is the prompt
+    text_tokenizer: str = ""        # tiktoken file, e.g. Llama 3's tokenizer.model; none: bytes
+    vocabulary: int = 0             # rows of the token embedding; 0: as many as the text tokenizer has tokens
+    text_drop: float = 0.0          # share of training images that lose their text, 0 .. 1; guidance needs it
+    dim: int = 1152                 # H, a multiple of 64
+    mlp: int = 4096                 # hidden width of the MLPs
+    depth: int = 28                 # N
+    diffusion_depth: int = 14       # D, 1 .. N: layers that denoise (Table 1)
+    ar_length: int = 16             # T, a square number: blocks of an image (Table 2)
+    clean_blocks: bool = True       # earlier blocks are seen clean; else only through the noise tower (Table 3)
+    condition: bool = True          # the AR layers' output is added to the noisy latent, Eq. 4 (Table 3)
+    shared: bool = False            # one set of parameters for all towers (Table 4)
+    mlp_denoising: bool = False     # while denoising every block sees only itself (Table 5)
+    target: str = "noise"           # the network predicts the "clean" latent (Eq. 6) or the "noise" (released)
+    text_weight: float = 1.0        # weights of Eq. 6: text,
+    image_weight: float = 1.0       # image (paper: 5, released: 1),
+    hidden_weight: float = 0.1      # hidden loss and
+    clean_weight: float = 0.0       # clean-tower loss (Table 6)
+    hidden: str = "sum"             # the hidden loss judges the "condition" (Eq. 6) or its "sum" with z (released)
+    clean_target: str = "next"      # the clean tower is to predict the "next" block (Sec. 3.2) or the "same" (released)
+    clean_time: str = "noisy"       # time that a clean block is embedded with: that of the "noisy" block in its place
+                                    # (released; when sampling the last one of the schedule) or "zero"
+    time_scale: float = 1.0         # the time embedding sees t * time_scale; 1: as released
+    sampler: str = "ddim"           # sampler defaults: "ddim" (paper) or "dpm" (DPM-Solver++ 2M, released),
+    steps: int = 250                # S, at most 1000,
+    cfg: float = 1.0                # guidance scale (1 is off, as in the paper),
+    clip: float = 0.0               # DDIM clamps x_0 to -clip .. clip; 0: it does not
+    unet: UNetConfig = UNetConfig()
+    vae: VAEConfig = SD_VAE
+
+    def __post_init__(self):
+        for name, values in (("target", ("clean", "noise")), ("hidden", ("condition", "sum")),
+                             ("clean_target", ("next", "same")), ("clean_time", ("noisy", "zero")),
+                             ("sampler", ("ddim", "dpm"))):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is one of {', '.join(values)}, not {getattr(self, name)}")
+        if self.dim < HEAD or self.dim % HEAD:
+            raise ValueError(f"dim {self.dim} is not a multiple of {HEAD}")
+        if not 0 < self.diffusion_depth <= self.depth:
+            raise ValueError(f"diffusion_depth is 1 to {self.depth} (depth), not {self.diffusion_depth}")
+        if self.ar_length < 1 or math.isqrt(self.ar_length) ** 2 != self.ar_length:
+            raise ValueError(f"ar_length {self.ar_length} is not a square number")
+        if self.image_size % self.vae.factor or self.latent_size % (self.across * self.factor):
+            raise ValueError(f"image_size {self.image_size}: its latent, 1/{self.vae.factor} of that, does not divide"
+                             f" into {self.across} x {self.across} blocks whose side is a multiple of {self.factor}")
+        u = self.unet
+        if not len(u.channels) == len(u.blocks) == len(u.attention) or any(c % u.groups for c in u.channels):
+            raise ValueError("unet: channels, blocks and attention have an entry for each level; channels are multiples"
+                             f" of groups, {u.groups}")
+        if self.clean_weight and not (self.clean_blocks and self.ar_length > 1):
+            raise ValueError("the clean-tower loss needs clean blocks, and more than one")
+        if not 1 <= self.steps <= 1000 or not 0 <= self.text_drop <= 1 or min(self.mlp, u.time_dim, *u.blocks) < 1:
+            raise ValueError("steps is 1 to 1000, text_drop 0 to 1; mlp, unet.time_dim and unet.blocks are 1 or more")
+        if self.text and self.texts and len(self.texts) != self.classes:
+            raise ValueError(f"{len(self.texts)} texts for {self.classes} classes")
+
+    @property
+    def factor(self):
+        """Side of a block in latent pixels over its side in tokens."""
+        return 2 ** (len(self.unet.channels) - 1)
+
+    @property
+    def latent_size(self):
+        """Side of the latent."""
+        return self.image_size // self.vae.factor
+
+    @property
+    def across(self):
+        """Blocks per image side."""
+        return math.isqrt(self.ar_length)
+
+    @property
+    def block(self):
+        """Side p of a block in latent pixels."""
+        return self.latent_size // self.across
+
+    @property
+    def tokens(self):
+        """n, tokens of a block."""
+        return (self.block // self.factor) ** 2
+
+    @property
+    def ar_depth(self):
+        """N - D, layers that run once per block."""
+        return self.depth - self.diffusion_depth
+
+    @property
+    def seen(self):
+        """Clean blocks that somebody sees in training: the last one is seen by the text behind the image alone."""
+        return (self.ar_length - (not self.text)) * self.clean_blocks
+
+    def working(self, layer):
+        """Names of the towers whose rows somebody still needs at this layer (`depth`: behind the last one)."""
+        early, late = layer < self.ar_depth, layer == self.depth
+        hidden = late or self.mlp_denoising and not (early and self.condition)  # nobody looks back at clean rows
+        there = (self.text, self.seen and (self.clean_weight or not hidden), not early or self.condition)
+        return [name for name, needed in zip(TOWERS, there) if needed]
+
+    def evaluations(self, steps):
+        """NFE as the paper counts it: layer evaluations per block, AR layers once and the others at every step."""
+        return self.ar_depth + self.diffusion_depth * steps
+
+    def steps_within(self, nfe):
+        """The largest number of steps with at most so many evaluations. Raises UserError if not even one fits."""
+        steps = min((nfe - self.ar_depth) // self.diffusion_depth, 1000)
+        if steps < 1:
+            raise UserError(f"--nfe {nfe}: one step takes {self.evaluations(1)} layer evaluations")
+        return steps
+
+
+TINY_VAE = VAEConfig(channels=16, width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8, scale=0, kl_weight=1e-3)
+PRESETS = {
+    "tiny": Config(image_size=32, classes=10, text=True, dim=192, mlp=512, depth=8, diffusion_depth=4, ar_length=4,
+                   target="clean", image_weight=5.0, hidden="condition", clean_time="zero", time_scale=1e-3, steps=25,
+                   unet=UNetConfig((64, 128), (1, 1), (0, 0), time_dim=64), vae=TINY_VAE),
+    "ffhq": Config(),
+    "imagenet": Config(image_size=256, classes=1000, text=True, vocabulary=128256, ar_length=4, target="clean",
+                       image_weight=5.0, hidden="condition", steps=100)}
+PUBLISHED = {"ffhq": "1.3B", "imagenet": "2.1B"}
+
+
+# --- Text -------------------------------------------------------------------------------------------------------------
+
+class Text:
+    """Text to tokens and back: lower-case bytes, or the tokens of a tiktoken file (Llama 3's), then BOS, EOS, BOI, EOI.
+
+    Raises UserError if the file or tiktoken itself is missing.
+    """
+    LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+              r"\s*[\r\n]+|\s+(?!\S)|\s+")  # where Llama 3 splits text before it merges bytes
+
+    def __init__(self, file=""):
+        self.coder, first, special = None, 256, 4
+        if file:
+            try:
+                import tiktoken
+                from tiktoken.load import load_tiktoken_bpe
+                ranks = load_tiktoken_bpe(file)
+                self.coder = tiktoken.Encoding("text", pat_str=self.LLAMA3, mergeable_ranks=ranks, special_tokens={})
+            except ImportError:
+                raise UserError(f"text_tokenizer {file}: pip install tiktoken, or leave it out: then bytes are tokens"
+                                ) from None
+            except (OSError, ValueError) as error:
+                raise UserError(f"text_tokenizer {file}: cannot be read as a tiktoken file ({error})") from None
+            first, special = len(ranks), 256  # Llama 3 reserves 256 special tokens
+        self.bos, self.eos, self.boi, self.eoi = range(first, first + 4)
+        self.size = first + special
+
+    def encode(self, texts):
+        """[BOS text BOI] of each text, (B, L), filled up with EOS. Case does not matter."""
+        rows = []
+        for text in texts:
+            text = text.strip().lower()
+            words = self.coder.encode_ordinary(text) if self.coder else list(text.encode())
+            rows.append(torch.tensor([self.bos, *words, self.boi]))
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.eos)
+
+    def lengths(self, tokens):
+        """Of texts (B, L), up to and with BOI: (B,)."""
+        return (tokens == self.boi).int().argmax(1) + 1
+
+    def decode(self, tokens):
+        """The text of a list of tokens, special ones left out."""
+        words = [token for token in tokens if token < self.bos]
+        return self.coder.decode(words) if self.coder else bytes(words).decode(errors="replace")
+
+
+# --- The U-Net before and behind the transformer ----------------------------------------------------------------------
+
+class TimeEmbedding(nn.Module):
+    """e(t) = W2 SiLU(W1 t): the step itself, no sinusoid. In float32 always: bfloat16 cannot count to 999."""
+
+    def __init__(self, width, scale):
+        super().__init__()
+        self.scale = scale
+        self.first, self.second = nn.Parameter(torch.empty(width, 1)), nn.Parameter(torch.empty(width, width))
+        nn.init.xavier_uniform_(self.first)
+        nn.init.xavier_uniform_(self.second)
+
+    def forward(self, t):                                                                  # (M,)
+        with torch.autocast(t.device.type, enabled=False):
+            return F.linear(F.silu(F.linear(self.scale * t[:, None].float(), self.first)), self.second)
+
+
+class ResBlock(nn.Module):
+    """GN, SiLU, conv, plus time, GN, SiLU, conv, plus the input (through a 1x1 convolution where the width changes)."""
+
+    def __init__(self, c_in, c_out, unet):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(unet.groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(unet.time_dim, c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(unet.groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, e):                                                               # (M, C, p, p), (M or 1, E)
+        h = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(e))[:, :, None, None]
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class PlaneAttention(nn.Module):
+    """Attention over the positions of one block's feature map, plus the input."""
+
+    def __init__(self, c, unet):
+        super().__init__()
+        self.width = c // min(unet.heads, c)  # of a head
+        self.norm = nn.GroupNorm(unet.groups, c, eps=1e-6)
+        self.q, self.k, self.v, self.out = (nn.Linear(c, c) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x).flatten(2).transpose(1, 2)                                        # (M, p p, C)
+        q, k, v = (linear(h).unflatten(2, (-1, self.width)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        h = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, with attention behind each where the level has it, and the way to the
+    next one. `widths` are pairs (c_in, c_out)."""
+
+    def __init__(self, widths, attention, unet, resample):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(*pair, unet) for pair in widths)
+        self.attentions = nn.ModuleList(PlaneAttention(c, unet) for _, c in widths if attention == 1)
+        self.resample = resample
+
+    def block(self, j, x, e):
+        """Residual block j and its attention."""
+        x = self.resnets[j](x, e)
+        return self.attentions[j](x) if self.attentions else x
+
+
+class Downsampler(nn.Module):
+    """Blocks of latents to tokens; what the upsampler needs to find the details again is kept."""
+
+    def __init__(self, config):
+        super().__init__()
+        u, c = config.unet, config.unet.channels
+        self.time = TimeEmbedding(u.time_dim, config.time_scale)
+        self.conv_in = nn.Conv2d(config.vae.channels, c[0], 3, padding=1)
+        self.levels = nn.ModuleList(
+            Level([(c[max(i - 1, 0)] if j == 0 else c[i], c[i]) for j in range(u.blocks[i])], u.attention[i], u,
+                  nn.Conv2d(c[i], c[i], 3, stride=2, padding=1) if i < len(c) - 1 else None) for i in range(len(c)))
+        self.conv_out = nn.Conv2d(c[-1], config.dim, 3, padding=1)
+
+    def forward(self, x, t):                                                               # (M, z, p, p), (M,) or (1,)
+        """Tokens (M, n, H), and the feature maps for the upsampler."""
+        e, x = self.time(t), self.conv_in(x)
+        kept = [x]
+        for level in self.levels:
+            for j in range(len(level.resnets)):
+                kept.append(x := level.block(j, x, e))
+            if level.resample is not None:
+                kept.append(x := level.resample(x))
+        return self.conv_out(x).flatten(2).transpose(1, 2), kept
+
+
+class Upsampler(nn.Module):
+    """Tokens to blocks of latents, the mirror image of the downsampler."""
+
+    def __init__(self, config):
+        super().__init__()
+        u, c = config.unet, config.unet.channels
+        kept = [c[0]] + [w for i, w in enumerate(c) for w in [w] * (u.blocks[i] + (i < len(c) - 1))]
+        self.side = config.block // config.factor
+        self.time = TimeEmbedding(u.time_dim, config.time_scale)
+        self.conv_in = nn.Conv2d(config.dim, c[-1], 3, padding=1)
+        self.levels, width = nn.ModuleList(), c[-1]
+        for i in reversed(range(len(c))):
+            pairs = []
+            for _ in range(u.blocks[i] + 1):
+                pairs.append((width + kept.pop(), c[i]))
+                width = c[i]
+            self.levels.append(Level(pairs, u.attention[i], u, nn.Conv2d(width, width, 3, padding=1) if i else None))
+        self.conv_out = nn.Conv2d(c[0], config.vae.channels, 3, padding=1)
+
+    def forward(self, x, t, kept):                                                         # (M, n, H), (M,) or (1,)
+        """Blocks (M, z, p, p), in float32."""
+        e, kept = self.time(t), list(kept)
+        x = self.conv_in(x.transpose(1, 2).unflatten(2, (self.side, self.side)))
+        for level in self.levels:
+            for j in range(len(level.resnets)):
+                x = level.block(j, torch.cat([x, kept.pop()], 1), e)
+            if level.resample is not None:
+                x = level.resample(F.interpolate(x, scale_factor=2.0))
+        return self.conv_out(x).float()
+
+
+# --- The transformer --------------------------------------------------------------------------------------------------
+
+def rotary(rows, columns, side):
+    """cos and sin (2, n, 64) for tokens at (rows, columns), both (n,), of an image with `side` tokens per side."""
+    base = 100 * (1 + int(8 * side / math.pi) // 100)
+    omega = base ** (-torch.arange(HEAD // 4, device=rows.device) / (HEAD // 4 - 1))
+    r, c = rows[:, None] * omega, columns[:, None] * omega
+    angles = torch.cat([r, r, c, c], 1)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x, rotary):
+    """Channel i (row angle) and i + 32 (column angle) of x (B, heads, n, 64), mixed as released: a rotation only where
+    row and column are equal."""
+    cos, sin = rotary
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+class Tower(nn.Module):
+    """One tower's parameters in one layer: pre-norm, normalised queries and keys, SwiGLU."""
+
+    def __init__(self, config):
+        super().__init__()
+        H, hidden = config.dim, config.mlp
+        self.norm1, self.norm2 = (nn.RMSNorm(H, eps=1e-5) for _ in range(2))
+        self.q_norm, self.k_norm = (nn.RMSNorm(HEAD, eps=1e-6) for _ in range(2))
+        self.qkv, self.proj = nn.Linear(H, 3 * H), nn.Linear(H, H)
+        self.gate, self.up = (nn.Linear(H, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, H, bias=False)
+
+    def heads(self, x, rotary):
+        """Queries, keys and values (B, heads, m, 64) of rows x (B, m, H)."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)
+        q, k = (rotate(norm(part.float()), rotary).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
+        return q, k, v
+
+    def rest(self, x, h):
+        """The layer's output (B, m, H) for rows x and what the heads (B, heads, m, 64) found."""
+        x = x + self.proj(h.transpose(1, 2).flatten(2))
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class Layer(nn.Module):
+    """A decoder layer: a Tower for each kind of rows, or one for all. Only the softmax mixes them."""
+
+    def __init__(self, config):
+        super().__init__()
+        names = [n for n, there in zip(TOWERS, (config.text, config.clean_blocks, True)) if there]
+        self.sets = nn.ModuleDict({name: Tower(config) for name in (["all"] if config.shared else names)})
+
+    def tower(self, name):
+        """The parameters for these rows."""
+        return self.sets["all" if "all" in self.sets else name]
+
+    def forward(self, rows, rotaries, attend, ask):
+        """rows: name of the tower -> (B, m, H). ask: the towers whose rows go on, in the same order; the others only
+        give keys and values. attend(q, k, v) decides who sees whom."""
+        heads = {name: self.tower(name).heads(x, rotaries[name]) for name, x in rows.items()}
+        k, v = (torch.cat([three[i] for three in heads.values()], 2) for i in (1, 2))
+        h = attend(torch.cat([heads[name][0] for name in ask], 2), k, v)                   # (B, heads, rows, 64)
+        parts = h.split([rows[name].shape[1] for name in ask], 2)
+        return {name: self.tower(name).rest(rows[name], part) for name, part in zip(ask, parts)}
+
+    def cached(self, name, x, rotary, store=None, begin=0, mask=None, causal=False):
+        """Rows x (B, m, H) of one tower when sampling: their keys and values take places begin .. begin + m of the
+        store (2, B, heads, places, 64), and they see all up to there; without a store they see only themselves."""
+        q, k, v = self.tower(name).heads(x, rotary)
+        if store is not None:
+            end = begin + x.shape[1]
+            store[0][:, :, begin:end], store[1][:, :, begin:end] = k, v
+            k, v, mask = store[0][:, :, :end], store[1][:, :, :end], mask if mask is None else mask[..., :end]
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.tower(name).rest(x, h)
+
+
+# --- Who sees whom ----------------------------------------------------------------------------------------------------
+
+Rows = namedtuple("Rows", "kind place shown rotary")  # of a tower's rows (m,): what they are, where in the sequence,
+#                                                       (1 or B, m) whether later places may look at them, the angles
+
+
+def rule(queries, keys, alone):
+    """mask_mod(b, h, i, j): does row i of `queries` see row j of `keys`? Both are Rows.
+
+    Places count text tokens and image blocks in their order: the clean and the noisy rows of a block share one. All see
+    their own kind at their own place, and what is `shown` (clean blocks, text but its padding) at earlier places.
+    alone: blocks see only themselves, text only text.
+    """
+    def mask(b, h, i, j):
+        here = (queries.kind[i] == keys.kind[j]) & (queries.place[i] == keys.place[j])
+        earlier = keys.shown[b, j] & (keys.place[j] < queries.place[i])
+        if alone:
+            earlier = earlier & (queries.kind[i] == TEXT) & (keys.kind[j] == TEXT)
+        return here | earlier
+    return mask
+
+
+def attention(queries, keys, alone, flex=None):
+    """attend(q, k, v) under the rule: FlexAttention on CUDA, which skips what is hidden; elsewhere a dense mask."""
+    mask, device = rule(queries, keys, alone), keys.place.device
+    B, m_q, m_k = len(keys.shown), len(queries.place), len(keys.place)
+    if device.type == "cuda" if flex is None else flex:
+        block_mask = create_block_mask(mask, B if B > 1 else None, None, m_q, m_k, device)
+        kernel = compiled_flex() if device.type == "cuda" else flex_attention
+        return lambda q, k, v: kernel(q, k, v, block_mask=block_mask)
+    b, i, j = (torch.arange(m, device=device) for m in (B, m_q, m_k))
+    dense = mask(b[:, None, None, None], None, i[:, None], j)                              # (B or 1, 1, m_q, m_k)
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+
+
+def together(parts):
+    """The Rows of several towers, one after another."""
+    B = max(len(part.shown) for part in parts)
+    return Rows(torch.cat([part.kind for part in parts]), torch.cat([part.place for part in parts]),
+                torch.cat([part.shown.expand(B, -1) for part in parts], 1), None)
+
+
+@functools.cache
+def compiled_flex():
+    """FlexAttention is slow unless it is compiled."""
+    return torch.compile(flex_attention)
+
+
+# --- The whole model --------------------------------------------------------------------------------------------------
+
+class MADFormer(nn.Module):
+    """Downsampler, transformer, upsampler, and the text's embedding and head."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.down, self.up = Downsampler(c), Upsampler(c)
+        self.boi = nn.Parameter(torch.empty(1, c.tokens, c.dim))                           # in place of a block before
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.depth))                      # the first one
+        token, side = torch.arange(c.ar_length * c.tokens), c.block // c.factor
+        block, inside = token // c.tokens, token % c.tokens
+        self.register_buffer("rotary", rotary(block // c.across * side + inside // side,
+                                              block % c.across * side + inside % side, c.across * side),
+                             persistent=False)
+        self.register_buffer("alphas_bar", alphas_bar(), persistent=False)
+        if c.text:
+            self.text = Text(c.text_tokenizer)
+            if 0 < c.vocabulary < self.text.size:
+                raise UserError(f"vocabulary {c.vocabulary}: the text tokenizer has {self.text.size} tokens")
+            self.embed = nn.Embedding(c.vocabulary or self.text.size, c.dim)
+            self.head = nn.Linear(c.dim, c.vocabulary or self.text.size, bias=False)
+            self.register_buffer("names", self.text.encode(c.texts) if c.texts else None, persistent=False)
+            self.register_buffer("empty", self.text.encode([""]), persistent=False)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self):
+        """Released initialisation: Xavier for linear layers, torch's own for convolutions; nothing is zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.boi)
+
+    def cut(self, latents):
+        """Latents (B, z, h', w') as square blocks (B, T, z, p, p) in raster order."""
+        n, p = self.config.across, self.config.block
+        return latents.unflatten(3, (n, p)).unflatten(2, (n, p)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+    def join(self, blocks):
+        """The inverse of cut."""
+        n = self.config.across
+        return blocks.unflatten(1, (n, n)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+    def noised(self, x, eps, t):
+        """x_t of blocks x (B, T, z, p, p) at steps t (B, T), Sec. 2.2."""
+        abar = self.alphas_bar[t][..., None, None, None]
+        return abar.sqrt() * x + (1 - abar).sqrt() * eps
+
+    def image_rows(self, kind, first, blocks):
+        """Rows of image blocks first .. first + blocks."""
+        c, n = self.config, self.config.tokens
+        place = torch.arange(first, first + blocks, device=self.boi.device).repeat_interleave(n)
+        shown = torch.full((1, len(place)), kind == CLEAN or not c.clean_blocks, device=place.device)
+        return Rows(torch.full_like(place, kind), place, shown, self.rotary[:, first * n:(first + blocks) * n])
+
+    def text_rows(self, tokens, closing=False):
+        """Embeddings (B, L, H) of tokens (B, L) = [BOS text BOI], and their Rows. closing: with EOI and EOS behind the
+        image. Text stands on the diagonal of the positions, where the released form is a rotation."""
+        c, (B, L), side = self.config, tokens.shape, self.config.across * self.up.side
+        at = torch.arange(L, device=tokens.device)
+        place, shown = at - L, at < self.text.lengths(tokens)[:, None]
+        if closing:
+            tokens = torch.cat([tokens, tokens.new_tensor([[self.text.eoi, self.text.eos]]).expand(B, 2)], 1)
+            at, place, shown = torch.cat([at, side + at[:2]]), torch.cat([place, c.ar_length + at[:2]]), F.pad(
+                shown, (0, 2), value=True)
+        return self.embed(tokens), Rows(torch.full_like(place, TEXT), place, shown, rotary(at, at, side))
+
+    def towers(self, rows, about, z):
+        """All rows through all layers under a mask, as in training.
+
+        rows: tower -> (B, m, H), about: tower -> Rows. The noise tower's rows begin with the block before theirs (Eq.
+        1) and get their noisy latents z (B, m, H) between the two halves. Returns the rows that are needed behind the
+        last layer, and the condition (B, m, H); None if it is off.
+        """
+        c, condition, attends = self.config, None, {}
+        for i, layer in enumerate(self.layers):
+            if i == c.ar_depth:
+                condition = rows["noise"] if c.condition else None                         # Eq. 3
+                rows["noise"] = z if condition is None else condition + z                  # Eq. 4
+            now = tuple(name for name in c.working(i) if name in rows)
+            ask = tuple(name for name in now if name in c.working(i + 1))
+            if not now:
+                continue
+            key = now, ask, c.mlp_denoising and i >= c.ar_depth
+            if key not in attends:
+                attends[key] = attention(together([about[n] for n in ask]), together([about[n] for n in now]), key[2])
+            new = layer({name: rows[name] for name in now}, {name: about[name].rotary for name in now}, attends[key],
+                        ask)                                                               # Eq. 2, 5
+            rows = {**rows, **new}
+        return rows, condition
+
+    def forward(self, latents, labels, *, t=None, eps=None, drop=None, text=None):
+        """Training loss, Eq. 6, for latents (B, z, h', w') and labels (B,).
+
+        Drawn unless given: t (B, T) steps 0 .. 999, one for each block, eps (B, T, z, p, p), drop (B,) bool: who loses
+        the text. text (B, L): tokens [BOS text BOI] instead of the class's name.
+        """
+        c, B, T = self.config, len(latents), self.config.ar_length
+        x = self.cut(latents)                                                              # (B, T, z, p, p)
+        t = torch.randint(1000, (B, T), device=x.device) if t is None else t
+        eps = torch.randn_like(x) if eps is None else eps
+        clean_t = t if c.clean_time == "noisy" else torch.zeros_like(t)
+        h, kept = self.down(torch.cat([x, self.noised(x, eps, t)]).flatten(0, 1), torch.cat([clean_t, t]).flatten())
+        clean, z = h.unflatten(0, (2, B, T))                                               # (B, T, n, H) each
+        of_clean, of_noisy = zip(*(f.chunk(2) for f in kept))
+
+        rows, about = {}, {}
+        if c.text:
+            text = self.names[labels] if text is None else text
+            if drop is None:
+                drop = torch.rand(B, device=x.device) < c.text_drop * self.training
+            empty = F.pad(self.empty[0], (0, text.shape[1] - 2), value=self.text.eos)
+            text = torch.where(drop[:, None], empty, text)
+            rows["text"], about["text"] = self.text_rows(text, closing=True)
+        if c.seen:
+            rows["clean"], about["clean"] = clean[:, :c.seen].flatten(1, 2), self.image_rows(CLEAN, 0, c.seen)
+        start = torch.cat([self.boi.expand(B, -1, -1), clean[:, :-1].flatten(1, 2)], 1)
+        rows["noise"], about["noise"] = start, self.image_rows(NOISE, 0, T)
+        rows, condition = self.towers(rows, about, z.flatten(1, 2))
+
+        def blocks(rows, t, kept):
+            m = rows.shape[1] // c.tokens
+            kept = [f.unflatten(0, (B, T))[:, :m].flatten(0, 1) for f in kept]
+            return self.up(rows.unflatten(1, (m, -1)).flatten(0, 1), t[:, :m].flatten(), kept).unflatten(0, (B, m))
+
+        out = {"image": F.mse_loss(blocks(rows["noise"], t, of_noisy), x if c.target == "clean" else eps)}
+        loss = c.image_weight * out["image"]
+        if c.text:
+            length = self.text.lengths(text)[:, None]
+            at = torch.arange(text.shape[1] - 1, device=x.device)
+            logits = self.head(rows["text"]).float()
+            targets = text[:, 1:].masked_fill((at + 1 >= length) | drop[:, None], -100)    # a dropped text says nothing
+            end = torch.full((B, 1), self.text.eos, device=x.device)                       # EOI is followed by EOS
+            logits = torch.cat([logits[:, :len(at)], logits[:, -2:-1]], 1)
+            out["text"] = F.cross_entropy(logits.flatten(0, 1), torch.cat([targets, end], 1).flatten())
+            loss = loss + c.text_weight * out["text"]
+        if c.hidden_weight and condition is not None:
+            judged = condition if c.hidden == "condition" else condition + z.flatten(1, 2)
+            out["hidden"] = F.mse_loss(blocks(judged, t, of_clean), x)
+            loss = loss + c.hidden_weight * out["hidden"]
+        if c.clean_weight:
+            told = blocks(rows["clean"], clean_t, of_clean)[:, :T - 1]
+            out["clean"] = F.mse_loss(told, x[:, 1:] if c.clean_target == "next" else x[:, :-1])
+            loss = loss + c.clean_weight * out["clean"]
+        return {"loss": loss, **out}
+
+    @torch.no_grad()
+    def sample(self, labels, noise, *, cfg=None, interval=(0.0, 1.0), steps=None, sampler=None, clip=None, text=None,
+               on_step=None):
+        """Scaled latents (B, z, h', w') for labels (B,), block by block; text and clean blocks go through once each.
+
+        What is not given comes from the config. cfg: guidance scale against the empty text, a number or a pair that
+        runs linearly over a block's steps; 1 is off and costs half, 0 unconditional. It acts while t / 1000 is in
+        `interval`. text (B, L): tokens [BOS text BOI] instead of the class's name. on_step(block, step, latents): the
+        blocks so far with the current estimate of this one, zeros where nothing is yet. Raises UserError for settings
+        that the model cannot follow.
+        """
+        c, B = self.config, len(labels)
+        text, scales, sampler, clip = self.settings(labels, cfg, interval, steps, sampler, clip, text)
+        guided = any(g != 1 for g in scales)
+        many, L = B * (1 + guided), 0 if text is None else text.shape[1]
+        if guided:
+            text = torch.cat([text, F.pad(self.empty[0], (0, L - 2), value=self.text.eos).expand(B, L)])
+        dtype = torch.get_autocast_dtype(labels.device.type) if torch.is_autocast_enabled(labels.device.type) else None
+        remembered = c.ar_depth if c.mlp_denoising else c.depth                             # layers that look back
+        store = torch.zeros(remembered, 2, many, c.dim // HEAD, L + c.ar_length * c.tokens, HEAD, dtype=dtype,
+                            device=labels.device)
+        mask = None if text is None else self.read(text, store)
+        last = schedule(sampler, len(scales))[0][-1] if c.clean_time == "noisy" else 0
+        blocks = torch.zeros(B, c.ar_length, c.vae.channels, c.block, c.block, device=labels.device)
+        before = self.boi.expand(many, -1, -1)
+        for j in range(c.ar_length):
+            if j:
+                before = self.down(blocks[:, j - 1], torch.full((1,), last, device=labels.device))[0]
+                before = before.repeat(many // B, 1, 1)
+            condition = self.prepare(j, before, store, L, mask)
+
+            def network(x, i, t, j=j, condition=condition):
+                out = self.denoise(x, t, j, condition, store, L, mask)
+                if not guided:
+                    return out
+                out, null = out.chunk(2)
+                return null + scales[i] * (out - null)
+
+            def watch(i, x_0, j=j):
+                blocks[:, j] = x_0
+                on_step(j, i, self.join(blocks))
+            start = noise.normal((c.vae.channels, c.block, c.block))
+            blocks[:, j] = solve(network, start, sampler, len(scales), c.target, clip, on_step and watch)
+        return self.join(blocks)
+
+    def settings(self, labels, cfg, interval, steps, sampler, clip, text):
+        """Text tokens or None, the guidance scale of each step, the sampler and its clipping."""
+        c = self.config
+        cfg, steps, sampler, clip = (getattr(c, name) if value is None else value for name, value in
+                                     (("cfg", cfg), ("steps", steps), ("sampler", sampler), ("clip", clip)))
+        if not 1 <= steps <= 1000:
+            raise UserError(f"{steps} steps: 1 to 1000")
+        acts = [interval[0] <= t / 1000 <= interval[1] for t in schedule(sampler, steps)[0]]
+        scales = [g if act else 1.0 for g, act in zip(common.guidance_scales(cfg, steps), acts, strict=True)]
+        if not c.text:
+            if text is not None or any(g != 1 for g in scales):
+                raise UserError("this model has no text tower: it takes no prompt and no guidance")
+            return None, scales, sampler, clip
+        if text is None and self.names is None:
+            raise UserError("this model knows no class names: give a prompt")
+        return (self.names[labels] if text is None else text), scales, sampler, clip
+
+    def read(self, text, store):
+        """Sends the text through the layers that look back. Returns the mask (B, 1, 1, places) that hides padding from
+        everybody else; None if there is none."""
+        rows, about = self.text_rows(text)
+        for layer, kept in zip(self.layers, store):
+            rows = layer.cached("text", rows, about.rotary, kept, causal=True)
+        if about.shown.all():
+            return None
+        return F.pad(about.shown, (0, store.shape[4] - text.shape[1]), value=True)[:, None, None]
+
+    def prepare(self, j, before, store, L, mask):
+        """The AR pass for block j: the condition (B, n, H) of Eq. 3. before (B, n, H) is block j - 1, clean, or BOI.
+
+        Keys and values stand in the store: those of the text in the first L places, then a block's n. A noisy block
+        takes the place of its block until the clean one comes.
+        """
+        c, n, noise, clean = self.config, self.config.tokens, before, before
+        past, here = (self.rotary[:, max(k, 0) * n:(k + 1) * n] for k in (j - 1, j))
+        for i, kept in enumerate(store):
+            layer = self.layers[i]
+            if j and c.clean_blocks:
+                clean = layer.cached("clean", clean, past, kept, L + (j - 1) * n, mask)
+            if i < c.ar_depth and c.condition:
+                noise = layer.cached("noise", noise, here, kept, L + j * n, mask)          # Eq. 2
+        return noise if c.condition else torch.zeros_like(noise)
+
+    def denoise(self, x, t, j, condition, store, L, mask):
+        """The network's output (B, z, p, p) for block j at step t; x (B, z, p, p), or half as many as conditions."""
+        c, n, t = self.config, self.config.tokens, torch.full((1,), t, device=x.device)
+        z, kept = self.down(x, t)
+        times = len(condition) // len(x)
+        rows = condition + z.repeat(times, 1, 1)                                           # Eq. 4
+        for i in range(c.ar_depth, c.depth):                                               # Eq. 5
+            kept_here = {} if c.mlp_denoising else dict(store=store[i], begin=L + j * n, mask=mask)
+            rows = self.layers[i].cached("noise", rows, self.rotary[:, j * n:(j + 1) * n], **kept_here)
+        return self.up(rows, t, [f.repeat(times, 1, 1, 1) for f in kept])
+
+    @torch.no_grad()
+    def sample_plainly(self, labels, noise, *, cfg=None, steps=None, sampler=None, text=None):
+        """The same latents as `sample`, as plainly as possible: at every step all rows so far go through all layers."""
+        c, B = self.config, len(labels)
+        text, scales, sampler, clip = self.settings(labels, cfg, (0.0, 1.0), steps, sampler, None, text)
+        last = schedule(sampler, len(scales))[0][-1] if c.clean_time == "noisy" else 0
+        images, starts, noisy = [], [self.boi.expand(B, -1, -1)], []                        # per block
+
+        def network(x, i, t, text):
+            first = len(images) if c.clean_blocks else 0  # without clean blocks history is seen through noise rows
+            z, kept = self.down(x, torch.full((1,), t, device=x.device))
+            rows, about = {}, {}
+            if text is not None:
+                rows["text"], about["text"] = self.text_rows(text)
+            if c.clean_blocks and images:
+                rows["clean"], about["clean"] = torch.cat(starts[1:], 1), self.image_rows(CLEAN, 0, len(images))
+            rows["noise"] = torch.cat(starts[first:], 1)
+            about["noise"] = self.image_rows(NOISE, first, len(starts) - first)
+            noisy[len(images):] = [z]
+            rows, _ = self.towers(rows, about, torch.cat(noisy[first:], 1))
+            return self.up(rows["noise"][:, -c.tokens:], torch.full((1,), t, device=x.device), kept)
+
+        def guided(x, i, t):
+            out = network(x, i, t, text)
+            if scales[i] == 1:
+                return out
+            null = network(x, i, t, self.empty.expand(B, -1))
+            return null + scales[i] * (out - null)
+
+        for j in range(c.ar_length):
+            start = noise.normal((c.vae.channels, c.block, c.block))
+            images.append(solve(guided, start, sampler, len(scales), c.target, clip))
+            starts.append(self.down(images[-1], torch.full((1,), last, device=start.device))[0])
+        return self.join(torch.stack(images, 1))
+
+    @torch.no_grad()
+    def complete(self, text="", most=64):
+        """The text that the text tower goes on with, greedily, until an image begins or the text ends."""
+        tokens = self.text.encode([text]).to(self.boi.device)[:, :-1]                       # without BOI
+        for _ in range(most):
+            rows, about = self.text_rows(tokens)
+            about = about._replace(shown=torch.ones_like(about.shown))                      # nothing is padding
+            rows, _ = self.towers({"text": rows, "noise": rows[:, :0]}, {"text": about, "noise": self.image_rows(
+                NOISE, 0, 0)}, rows[:, :0])
+            token = self.head(rows["text"][:, -1]).argmax(-1)
+            if token.item() in (self.text.boi, self.text.eos):
+                break
+            tokens = torch.cat([tokens, token[None]], 1)
+        return self.text.decode(tokens[0].tolist())
+
+
+# --- Samplers ---------------------------------------------------------------------------------------------------------
+
+def alphas_bar():
+    """The DDPM schedule (1000,): share of the signal's variance at steps 0 .. 999."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+
+
+@functools.cache
+def schedule(sampler, steps):
+    """Steps t, from noise to image, and alpha and sigma at each and at the end (1 and 0); lists of numbers.
+
+    DDIM: multiples of 1000 // steps, "leading". DPM-Solver++: evenly spaced from 999, rounded, "linspace".
+    """
+    if sampler == "ddim":
+        ts = torch.arange(steps).flip(0) * (1000 // steps)
+    else:
+        ts = torch.linspace(0, 999, steps + 1, dtype=torch.float64).round().long().flip(0)[:-1]
+    abar = torch.cat([alphas_bar()[ts].double(), torch.ones(1)])
+    return ts.tolist(), abar.sqrt().tolist(), (1 - abar).sqrt().tolist()
+
+
+def solve(network, x, sampler, steps, target, clip=0.0, on_step=None):
+    """x_0 of noise x by DDIM (eta = 0) or DPM-Solver++ (2M). network(x_t, i, t) gives the target at step i, time t.
+
+    on_step(i, x_0) gets the estimates. clip: only in DDIM.
+    """
+    ts, alpha, sigma = schedule(sampler, steps)
+    log_snr = [math.log(a / s) if s else math.inf for a, s in zip(alpha, sigma)]
+    before = None
+    for i, t in enumerate(ts):
+        out = network(x, i, t).float()
+        x_0 = (x - sigma[i] * out) / alpha[i] if target == "noise" else out
+        if sampler == "ddim":
+            eps = out if target == "noise" else (x - alpha[i] * out) / sigma[i]
+            x_0 = x_0.clamp(-clip, clip) if clip else x_0  # eps stays that of the unclamped one
+            x = alpha[i + 1] * x_0 + sigma[i + 1] * eps
+        else:
+            middle = x_0
+            if 0 < i < steps - 1:  # second order, but for the first and the last step
+                r = (log_snr[i] - log_snr[i - 1]) / (log_snr[i + 1] - log_snr[i])
+                middle = x_0 + (x_0 - before) / (2 * r)
+            ratio = sigma[i + 1] / sigma[i]
+            x = ratio * x + (alpha[i + 1] - ratio * alpha[i]) * middle
+            before = x_0
+        if on_step:
+            on_step(i, x_0)
+    return x
+
+
+# --- Stages: what is trained, in order, and how -----------------------------------------------------------------------
+
+def generate(model, vae, labels, noise, *, nfe=None, steps=None, on_step=None, **options):
+    """Images (B, 3, h, w) in -1 .. 1 and what they cost: steps, and layer evaluations per block as the paper counts.
+
+    nfe: the number of steps that fits these evaluations, instead of steps. options: see MADFormer.sample.
+    on_step(images): the blocks so far, grey where none is yet; about eight times for each block.
+    """
+    c = model.config
+    steps = c.steps_within(nfe) if nfe else steps or c.steps
+
+    def watch(j, i, latents):
+        if i % max(steps // 8, 1) == 0 or i == steps - 1:
+            there = torch.arange(c.ar_length, device=latents.device).view(c.across, c.across) <= j
+            side = c.image_size // c.across
+            there = there.repeat_interleave(side, 0).repeat_interleave(side, 1)
+            on_step(torch.where(there, vae.decode(latents).clamp(-1, 1), 0))
+    latents = model.sample(labels, noise, steps=steps, on_step=on_step and watch, **options)
+    return vae.decode(latents).clamp(-1, 1), {"steps": steps, "nfe_per_block": c.evaluations(steps)}
+
+
+def check(model, vae):
+    """Raises UserError if the model was made for another kind of VAE."""
+    has, needs = (f"{c.channels} channels at f{c.factor}" for c in (vae.config, model.config.vae))
+    if has != needs:
+        raise UserError(f"the VAE has {has}, the model needs {needs}")
+
+
+def reconstructions(vae, first, images, labels, noise):
+    """Images and what the VAE makes of them, in turn."""
+    moments = vae.encode(images)                                                            # (B, 2z, h', w')
+    latents = vae.sample(moments, noise.normal(moments[0].chunk(2)[0].shape))
+    return torch.stack([images, vae.decode(latents)], 1).flatten(0, 1)
+
+
+def idle(config, name):
+    """Is this a parameter that the configuration has, as the published files do, but never uses?"""
+    c, found = config, re.match(r"layers\.(\d+)\.sets\.(\w+)\.(\w+)", name)
+    if not found:
+        return name == "boi" and not c.condition
+    layer, tower, part = int(found[1]), found[2], found[3]
+    now, then = (c.working(i) if tower != "all" else ["all"] * bool(c.working(i)) for i in (layer, layer + 1))
+    return tower not in now or tower not in then and part not in ("norm1", "qkv", "k_norm")
+
+
+FFHQ, IMAGENET = 70_000, 1_281_167  # training images: the paper counts steps
+WSD = Recipe(lr=3e-4, batch=64, epochs=210_000 * 64 / FFHQ, warmup=0.01, decay=0.15, final=1 / 64, exponential=True,
+             weight_decay=0.05, clip=1.0)
+VAE = Stage("vae", build=lambda c: common.KLVAE(c.vae),
+            recipes={"tiny": Recipe(lr=3e-3, batch=16, epochs=0.8, warmup=0.03, decay=0.4, betas=(0.9, 0.99),
+                                    weight_decay=0.0, clip=1.0, ema=0.99)},
+            augment=lambda c: common.random_crop, load=common.load_vae,
+            finish=lambda vae, images: vae.calibrate(images), preview=reconstructions)
+MAD = Stage("madformer", build=MADFormer, first="vae", codes=lambda vae, moments: vae.sample(moments),
+            recipes={"tiny": dataclasses.replace(WSD, lr=2e-3, batch=64, epochs=1, decay=0.4, ema=0.998),
+                     "ffhq": WSD,
+                     "imagenet": dataclasses.replace(WSD, batch=256, epochs=250_000 * 256 / IMAGENET)},
+            views=lambda c: common.centre_only, carry=lambda name, old, shape: None,
+            decays=lambda name, parameter: True, trains=lambda c, name: not idle(c, name),
+            preview=lambda model, vae, images, labels, noise: generate(model, vae, labels, noise)[0])
+STAGES = [VAE, MAD]
+
+
+# --- Released checkpoints ---------------------------------------------------------------------------------------------
+
+RELEASED = [  # released name -> ours
+    (r"^boi_block", "boi"), (r"^downsampler\.", "down."), (r"^upsampler\.", "up."),
+    (r"time_embedding\.linear_1\.weight", "time.first"), (r"time_embedding\.linear_2\.weight", "time.second"),
+    (r"(down|up)_blocks\.", "levels."), (r"(down|up)samplers\.0\.conv", "resample"), (r"time_emb_proj", "time"),
+    (r"conv_shortcut", "shortcut"), (r"group_norm", "norm"), (r"to_out\.0", "out"), (r"to_(q|k|v)\.", r"\1."),
+    (r"^blocks\.(\d+)\.(self_attn\.|mlp_list\.(?=\d))?", r"layers.\1."),
+    (r"(qkv|q_norm|k_norm|proj|input_layernorm|post_attention_layernorm)_list\.(\d)", r"sets.\2.\1"),
+    (r"^(layers\.\d+\.)(\d)\.(gate|up|down)_proj", r"\1sets.\2.\3"),
+    (r"input_layernorm", "norm1"), (r"post_attention_layernorm", "norm2"),
+    (r"sets\.0", "sets.clean"), (r"sets\.1", "sets.noise")]
+SWITCHES = {"clear_clean": ("clean_blocks", False), "clear_cond": ("condition", False),
+            "denoising_mlp": ("mlp_denoising", True)}  # released switch -> field, value when it is on
+
+
+def renamed(state):
+    """A released state dict under this file's names, in float32."""
+    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    for old, new in RELEASED:
+        state = {re.sub(old, new, k): v for k, v in state.items()}
+    return {k: v.float() for k, v in state.items()}
+
+
+def load_official(path, **overrides):
+    """The model in a released checkpoint, its EMA weights if it has them, ready to sample.
+
+    The configuration comes from the shapes and from the arguments in the file, else the published ones. overrides:
+    Config fields. Strict: raises UserError for an entry that is missing, extra or misshapen.
+    """
+    content = common.read(path)
+    args = content.get("args", {})
+    args = args if isinstance(args, dict) else vars(args)
+    given = {field: value for switch, (field, value) in SWITCHES.items() if args.get(switch)}
+    given |= {field: args[name] for name, field in (("diff_depth", "diffusion_depth"), ("ar_len", "ar_length"),
+                                                    ("image_size", "image_size")) if args.get(name)}
+    return from_released(content.get("ema") or content.get("model") or content, path, **{**given, **overrides})
+
+
+def from_released(state, path="the checkpoint", **overrides):
+    """The model of a released state dict (see load_official)."""
+    state = renamed(state)
+    try:
+        def count(pattern):
+            return 1 + max(int(m[1]) for m in (re.match(pattern, k) for k in state) if m)
+
+        shape = {k: v.shape for k, v in state.items()}
+        levels = range(count(r"down\.levels\.(\d+)\."))
+        unet = UNetConfig(channels=tuple(shape[f"down.levels.{i}.resnets.0.conv1.weight"][0] for i in levels),
+                          blocks=tuple(count(rf"down\.levels\.{i}\.resnets\.(\d+)") for i in levels),
+                          attention=tuple(int(f"down.levels.{i}.attentions.0.norm.weight" in shape) for i in levels),
+                          time_dim=shape["down.time.first"][0])
+        unet = dataclasses.replace(unet, **overrides.pop("unet", {}))
+        tokens, dim = shape["boi"][1:]
+        T = overrides.get("ar_length", Config.ar_length)
+        vae = dataclasses.replace(SD_VAE, channels=shape["down.conv_in.weight"][1])
+        side = math.isqrt(T * tokens) * 2 ** (len(levels) - 1) * vae.factor
+        config = dataclasses.replace(
+            Config(), **{"image_size": side, "dim": dim, "depth": count(r"layers\.(\d+)\."), "unet": unet, "vae": vae,
+                         "mlp": shape["layers.0.sets.noise.gate.weight"][0], **overrides})
+        model = MADFormer(config)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a MADFormer checkpoint ({error})") from None
+    if not config.clean_blocks:  # the files have the clean tower even where it is off
+        state = {k: v for k, v in state.items() if ".sets.clean." not in k}
+    common.load_strict(model, state, path)
+    return model.eval()
+
+
+def main():
+    """Prints the presets with their parameter counts, and walks one batch through the tiny one."""
+    print("preset      N   D     H   MLP   T    n  text      parameters  published")
+    for name, c in PRESETS.items():
+        with torch.device("meta"):
+            count = sum(p.numel() for p in MADFormer(c).parameters())
+        print(f"{name:9s} {c.depth:3d} {c.diffusion_depth:3d} {c.dim:5d} {c.mlp:5d} {c.ar_length:3d} {c.tokens:4d}"
+              f"  {'yes' if c.text else 'no':4s} {count:15,d}  {PUBLISHED.get(name, '-'):>9s}")
+    c = PRESETS["tiny"]
+    c = dataclasses.replace(c, texts=tuple(f"class {k}" for k in range(c.classes)))
+    latents = torch.randn(2, c.vae.channels, c.latent_size, c.latent_size)
+    print(f"\nlatents {tuple(latents.shape)} and labels (2,) through MADFormer.forward")
+    loss = common.walk(MADFormer(c), latents, torch.tensor([0, 1]))
+    print("  loss:", {k: round(v.item(), 3) for k, v in loss.items()})
+    print("  layer evaluations per block:", {steps: c.evaluations(steps) for steps in (5, 10, 25)})
+
+
+if __name__ == "__main__":
+    common.command(main)
