@@ -74,7 +74,6 @@ class Config:
     clean_target: str = "next"      # the clean tower is to predict the "next" block (Sec. 3.2) or the "same" (released)
     clean_time: str = "noisy"       # time that a clean block is embedded with: that of the "noisy" block in its place
                                     # (released; when sampling the last one of the schedule) or "zero"
-    time_scale: float = 1.0         # the time embedding sees t * time_scale; 1: as released
     sampler: str = "ddim"           # sampler defaults: "ddim" (paper) or "dpm" (DPM-Solver++ 2M, released),
     steps: int = 250                # S, at most 1000,
     cfg: float = 1.0                # guidance scale (1 is off, as in the paper),
@@ -164,9 +163,9 @@ class Config:
 
 TINY_VAE = VAEConfig(channels=16, width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8, scale=0, kl_weight=1e-3)
 PRESETS = {
-    "tiny": Config(image_size=32, classes=10, text=True, dim=192, mlp=512, depth=8, diffusion_depth=4, ar_length=4,
-                   target="clean", image_weight=5.0, hidden="condition", clean_time="zero", time_scale=1e-3, steps=25,
-                   unet=UNetConfig((64, 128), (1, 1), (0, 0), time_dim=64), vae=TINY_VAE),
+    "tiny": Config(image_size=32, classes=10, text=True, dim=128, mlp=384, depth=8, diffusion_depth=4, ar_length=4,
+                   target="clean", image_weight=5.0, hidden="condition", clean_time="zero", steps=25,
+                   unet=UNetConfig((32, 64), (1, 1), (0, 0), time_dim=64), vae=TINY_VAE),
     "ffhq": Config(),
     "imagenet": Config(image_size=256, classes=1000, text=True, vocabulary=128256, ar_length=4, target="clean",
                        image_weight=5.0, hidden="condition", steps=100)}
@@ -224,16 +223,15 @@ class Text:
 class TimeEmbedding(nn.Module):
     """e(t) = W2 SiLU(W1 t): the step itself, no sinusoid. In float32 always: bfloat16 cannot count to 999."""
 
-    def __init__(self, width, scale):
+    def __init__(self, width):
         super().__init__()
-        self.scale = scale
         self.first, self.second = nn.Parameter(torch.empty(width, 1)), nn.Parameter(torch.empty(width, width))
         nn.init.xavier_uniform_(self.first)
         nn.init.xavier_uniform_(self.second)
 
     def forward(self, t):                                                                  # (M,)
         with torch.autocast(t.device.type, enabled=False):
-            return F.linear(F.silu(F.linear(self.scale * t[:, None].float(), self.first)), self.second)
+            return F.linear(F.silu(F.linear(t[:, None].float(), self.first)), self.second)
 
 
 class ResBlock(nn.Module):
@@ -289,7 +287,7 @@ class Downsampler(nn.Module):
     def __init__(self, config):
         super().__init__()
         u, c = config.unet, config.unet.channels
-        self.time = TimeEmbedding(u.time_dim, config.time_scale)
+        self.time = TimeEmbedding(u.time_dim)
         self.conv_in = nn.Conv2d(config.vae.channels, c[0], 3, padding=1)
         self.levels = nn.ModuleList(
             Level([(c[max(i - 1, 0)] if j == 0 else c[i], c[i]) for j in range(u.blocks[i])], u.attention[i], u,
@@ -316,7 +314,7 @@ class Upsampler(nn.Module):
         u, c = config.unet, config.unet.channels
         kept = [c[0]] + [w for i, w in enumerate(c) for w in [w] * (u.blocks[i] + (i < len(c) - 1))]
         self.side = config.block // config.factor
-        self.time = TimeEmbedding(u.time_dim, config.time_scale)
+        self.time = TimeEmbedding(u.time_dim)
         self.conv_in = nn.Conv2d(config.dim, c[-1], 3, padding=1)
         self.levels, width = nn.ModuleList(), c[-1]
         for i in reversed(range(len(c))):
@@ -431,7 +429,7 @@ def rule(queries, keys, alone):
     """
     def mask(b, h, i, j):
         here = (queries.kind[i] == keys.kind[j]) & (queries.place[i] == keys.place[j])
-        earlier = keys.shown[b, j] & (keys.place[j] < queries.place[i])
+        earlier = keys.shown[b if len(keys.shown) > 1 else 0, j] & (keys.place[j] < queries.place[i])
         if alone:
             earlier = earlier & (queries.kind[i] == TEXT) & (keys.kind[j] == TEXT)
         return here | earlier
@@ -466,6 +464,16 @@ def compiled_flex():
 
 # --- The whole model --------------------------------------------------------------------------------------------------
 
+def idle(config, name):
+    """Is this a parameter that the configuration has, as the published files do, but never uses?"""
+    c, found = config, re.match(r"layers\.(\d+)\.sets\.(\w+)\.(\w+)", name)
+    if not found:
+        return name == "boi" and not c.condition
+    layer, tower, part = int(found[1]), found[2], found[3]
+    now, then = (c.working(i) if tower != "all" else ["all"] * bool(c.working(i)) for i in (layer, layer + 1))
+    return tower not in now or tower not in then and part not in ("norm1", "qkv", "k_norm")
+
+
 class MADFormer(nn.Module):
     """Downsampler, transformer, upsampler, and the text's embedding and head."""
 
@@ -490,6 +498,9 @@ class MADFormer(nn.Module):
             self.register_buffer("names", self.text.encode(c.texts) if c.texts else None, persistent=False)
             self.register_buffer("empty", self.text.encode([""]), persistent=False)
         self.initialise()
+        for name, parameter in self.named_parameters():
+            if idle(c, name):
+                parameter.requires_grad_(False)
 
     @torch.no_grad()
     def initialise(self):
@@ -672,6 +683,8 @@ class MADFormer(nn.Module):
             if text is not None or any(g != 1 for g in scales):
                 raise UserError("this model has no text tower: it takes no prompt and no guidance")
             return None, scales, sampler, clip
+        if any(g != 1 for g in scales) and not c.text_drop:
+            raise UserError("guidance needs a model that was trained with text_drop: this one never saw an empty text")
         if text is None and self.names is None:
             raise UserError("this model knows no class names: give a prompt")
         return (self.names[labels] if text is None else text), scales, sampler, clip
@@ -754,10 +767,9 @@ class MADFormer(nn.Module):
         tokens = self.text.encode([text]).to(self.boi.device)[:, :-1]                       # without BOI
         for _ in range(most):
             rows, about = self.text_rows(tokens)
-            about = about._replace(shown=torch.ones_like(about.shown))                      # nothing is padding
-            rows, _ = self.towers({"text": rows, "noise": rows[:, :0]}, {"text": about, "noise": self.image_rows(
-                NOISE, 0, 0)}, rows[:, :0])
-            token = self.head(rows["text"][:, -1]).argmax(-1)
+            for layer in self.layers:
+                rows = layer.cached("text", rows, about.rotary, causal=True)
+            token = self.head(rows[:, -1]).argmax(-1)
             if token.item() in (self.text.boi, self.text.eos):
                 break
             tokens = torch.cat([tokens, token[None]], 1)
@@ -848,16 +860,6 @@ def reconstructions(vae, first, images, labels, noise):
     return torch.stack([images, vae.decode(latents)], 1).flatten(0, 1)
 
 
-def idle(config, name):
-    """Is this a parameter that the configuration has, as the published files do, but never uses?"""
-    c, found = config, re.match(r"layers\.(\d+)\.sets\.(\w+)\.(\w+)", name)
-    if not found:
-        return name == "boi" and not c.condition
-    layer, tower, part = int(found[1]), found[2], found[3]
-    now, then = (c.working(i) if tower != "all" else ["all"] * bool(c.working(i)) for i in (layer, layer + 1))
-    return tower not in now or tower not in then and part not in ("norm1", "qkv", "k_norm")
-
-
 FFHQ, IMAGENET = 70_000, 1_281_167  # training images: the paper counts steps
 WSD = Recipe(lr=3e-4, batch=64, epochs=210_000 * 64 / FFHQ, warmup=0.01, decay=0.15, final=1 / 64, exponential=True,
              weight_decay=0.05, clip=1.0)
@@ -867,11 +869,11 @@ VAE = Stage("vae", build=lambda c: common.KLVAE(c.vae),
             augment=lambda c: common.random_crop, load=common.load_vae,
             finish=lambda vae, images: vae.calibrate(images), preview=reconstructions)
 MAD = Stage("madformer", build=MADFormer, first="vae", codes=lambda vae, moments: vae.sample(moments),
-            recipes={"tiny": dataclasses.replace(WSD, lr=2e-3, batch=64, epochs=1, decay=0.4, ema=0.998),
+            recipes={"tiny": dataclasses.replace(WSD, lr=3e-3, batch=32, epochs=2.5, decay=0.4, ema=0.998),
                      "ffhq": WSD,
                      "imagenet": dataclasses.replace(WSD, batch=256, epochs=250_000 * 256 / IMAGENET)},
             views=lambda c: common.centre_only, carry=lambda name, old, shape: None,
-            decays=lambda name, parameter: True, trains=lambda c, name: not idle(c, name),
+            decays=lambda name, parameter: True,
             preview=lambda model, vae, images, labels, noise: generate(model, vae, labels, noise)[0])
 STAGES = [VAE, MAD]
 

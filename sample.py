@@ -8,6 +8,8 @@
     python sample.py --model dar --stream --classes star,heart --out growing.png  # previews while tokens are generated
     python sample.py --model dar --prefix-image photo.jpg --prefix-tokens 0,8,16 --classes star,heart
     python sample.py --model dar --reconstruct photo.jpg drawing.png              # what the tokenizer keeps of pictures
+    python sample.py --model madformer --prompt "a star" heart --nfe 84 --out stars.png
+    python sample.py --model madformer --sampler dpm --steps 9 --out growing.gif  # block by block, step by step
     torchrun --nproc_per_node 8 -- sample.py --model transdiff --n 50000 --out samples.npz
 
 Image k of a seed is the same image whatever the batch size or the number of GPUs. An interrupted .npz or folder goes
@@ -26,14 +28,17 @@ import torch.distributed as dist
 
 import common
 import dar
+import madformer
 import transdiff
 from common import UserError
 
-MODELS = {"transdiff": transdiff, "dar": dar}
+MODELS = {"transdiff": transdiff, "dar": dar, "madformer": madformer}
 FRAMES = 24  # of an animation, the result not counted
 SAMPLER = {"transdiff": ("cfg", "interval", "steps", "solver", "drift_scale", "noise_scale", "rounds", "features"),
-           "dar": ("cfg", "interval", "steps", "solver", "preview", "temperature", "top_k", "top_p", "tokens")}
-OTHERS = {"transdiff": ("vae", "fuse"), "dar": ("tokenizer", "stream", "prefix_image", "prefix_tokens", "reconstruct")}
+           "dar": ("cfg", "interval", "steps", "solver", "preview", "temperature", "top_k", "top_p", "tokens"),
+           "madformer": ("cfg", "interval", "steps", "nfe", "sampler", "clip")}
+OTHERS = {"transdiff": ("vae", "fuse"), "dar": ("tokenizer", "stream", "prefix_image", "prefix_tokens", "reconstruct"),
+          "madformer": ("vae", "prompt")}
 SOLVERS = {"transdiff": ("maruyama", "euler"), "dar": ("adams", "euler")}
 
 
@@ -44,7 +49,8 @@ def arguments():
     add("--model", choices=MODELS, required=True)
     add("--run", metavar="DIR", help="runs/<model>, or one stage in it (default: runs/<model>, its last stage)")
     add("--ckpt", metavar="FILE", help="a released checkpoint instead of a run")
-    add("--vae", metavar="FILE", help="transdiff: the KL-VAE (default: the one the run was trained with)")
+    add("--vae", metavar="FILE", help="transdiff, madformer: the KL-VAE (default: the one the run was trained"
+                                       " with)")
     add("--tokenizer", metavar="FILE", help="dar: the tokenizer (default: the one the run was trained with)")
     add("--raw", action="store_true", help="the weights themselves, not their moving average (EMA)")
     add("--classes", help="ids or names, separated by commas (default: all; of more than ten, ten for a picture)")
@@ -57,8 +63,14 @@ def arguments():
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--cfg", type=guidance, help="guidance scale: 1 is off (and costs half), 0 unconditional; 1.1:10 runs linearly"
                                      " over the steps or tokens; 1,1.2,1.3,1.4: one for each MRAR round")
-    add("--interval", type=numbers, metavar="A,B", help="guide only while t (dar: the share of tokens) is in A .. B")
-    add("--steps", type=int, help="denoising steps")
+    add("--interval", type=numbers, metavar="A,B", help="guide only while t (dar: the share of tokens; madformer: t /"
+                                                        " 1000) is in A .. B")
+    add("--steps", type=int, help="denoising steps (madformer: of each block)")
+    add("--nfe", type=int, help="madformer: as many steps as fit this number of layer evaluations per block")
+    add("--sampler", choices=("ddim", "dpm"), help="madformer: DDIM or DPM-Solver++ (2M)")
+    add("--clip", type=float, help="madformer, ddim: clamp estimates of the latent to -CLIP .. CLIP (0: do not)")
+    add("--prompt", nargs="+", metavar="TEXT", help="madformer: a row of pictures for each; instead of"
+                                                       " --classes")
     add("--solver", help="transdiff: maruyama (stochastic, Eq. 18) or euler; dar: adams or euler")
     add("--drift-scale", type=float, help="transdiff: s1 of Eq. 18")
     add("--noise-scale", type=float, help="transdiff: s2 of Eq. 18")
@@ -78,7 +90,7 @@ def arguments():
                                                          " images): original, previews, reconstruction")
     add("--data-root", default="data", help="where --reconstruct finds named data sets")
     args = parser.parse_args()
-    for name in ("n", "batch_size", "steps", "rounds", "features", "tokens"):
+    for name in ("n", "batch_size", "steps", "nfe", "rounds", "features", "tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is 1 or more, not {value}")
     given = {name for name, value in vars(args).items() if value is not None and value is not False}
@@ -87,7 +99,11 @@ def arguments():
             parser.error(f"--{name.replace('_', '-')} is not an option of {args.model}")
     if args.seed < 0:
         parser.error(f"--seed is 0 or more, not {args.seed}")
-    if args.solver not in (None, *SOLVERS[args.model]):
+    if args.nfe and args.steps:
+        parser.error("--nfe says how many steps: not both")
+    if args.prompt and args.classes:
+        parser.error("--prompt takes the place of --classes")
+    if args.solver and args.solver not in SOLVERS[args.model]:
         parser.error(f"--solver is {' or '.join(SOLVERS[args.model])}, not {args.solver}")
     if isinstance(args.cfg, list) and args.model != "transdiff":
         parser.error("--cfg with commas is for TransDiff's rounds: give one scale, or first:last")
@@ -213,6 +229,12 @@ def main():
         if len(classes) != 2 or args.classes:
             raise UserError("--fuse takes two classes, and no --classes beside it")
         classes, other = classes[:1], classes[1]
+    elif args.prompt:
+        classes, names = list(range(len(args.prompt))), [text[:24] for text in args.prompt]
+        if not config.text:
+            raise UserError("--prompt: this model has no text tower")
+        if strange := [text for text in args.prompt if text.strip().lower() not in {t.lower() for t in config.texts}]:
+            print(f"note: not a text of the training data: {', '.join(strange)}")
     elif args.classes:
         classes = class_ids(args.classes, names, config.classes)
     else:
@@ -231,6 +253,8 @@ def main():
             "classes": classes, "precision": precision, "torch": str(torch.__version__),
             **({"prefix_image": args.prefix_image, "prefix_tokens": prefixes} if args.prefix_image else {})}
     meta["steps"] = meta["steps"] or first.config.groups  # dar: 0 is one for each group
+    if args.prompt:
+        meta |= {"prompt": args.prompt, "classes": None}
     meta = json.loads(json.dumps(meta))
     if precision == "bf16":
         for linear in (part for part in model.modules() if isinstance(part, torch.nn.Linear)):
@@ -252,6 +276,8 @@ def main():
         if args.prefix_image:
             given = torch.tensor([prefixes[i // each] for i in index], device=device)[:, None]
             options["prefix"] = torch.where(torch.arange(len(codes), device=device) < given, codes, -1)
+        if args.prompt:
+            options["text"] = model.text.encode([args.prompt[int(labels[i])] for i in index]).to(device)
 
         def on_step(images, seen=seen, index=index):
             seen.append(common.to_uint8(images).cpu())
@@ -289,7 +315,8 @@ def main():
             headings = [f"{k} tokens" for k in prefixes] if len(prefixes) > 1 else None
         write(Path(args.out), kind, rows.rows, labels, names, len(classes), args.stream, headings)
         beside = Path(args.out, "meta.json") if kind == "folder" else Path(args.out).with_suffix(".meta.json")
-        facts = {name: round(value, 4) for name, value in facts.items()}
+        facts = {name: int(value) if value == int(value) else value
+                 for name, value in ((name, round(value, 4)) for name, value in facts.items())}
         with common.atomic(beside) as f:
             f.write(json.dumps({**meta, **facts}, indent=1).encode())
         shutil.rmtree(table)

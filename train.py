@@ -2,6 +2,7 @@
 
     python train.py --model transdiff                                    # drawn shapes, on a laptop
     python train.py --model dar --data fashion-mnist
+    python train.py --model madformer --data FOLDER --set diffusion_depth=2
     torchrun --nproc_per_node 8 train.py --model dar --size l --data /data/imagenet/train --accumulate 4
     torchrun --nproc_per_node 8 train.py --model transdiff --size l --data /data/imagenet/train --vae kl16.ckpt
 
@@ -32,10 +33,11 @@ import torch.nn as nn
 
 import common
 import dar
+import madformer
 import transdiff
 from common import UserError
 
-MODELS = {"transdiff": transdiff, "dar": dar}
+MODELS = {"transdiff": transdiff, "dar": dar, "madformer": madformer}
 COLUMNS = 8  # pictures per class in the grids
 
 
@@ -49,7 +51,7 @@ def arguments():
     add("--data", default="shapes", help="shapes, mnist, fashion-mnist, cifar10, or a FOLDER of class folders")
     add("--data-root", default="data", help="where named data sets are, or are downloaded to")
     add("--image-size", type=int, help="pixels (default: the preset's)")
-    add("--vae", metavar="FILE", help="a published KL-VAE, instead of training one (transdiff)")
+    add("--vae", metavar="FILE", help="a published KL-VAE, instead of training one (transdiff, madformer)")
     add("--tokenizer", metavar="FILE", help="a trained or published tokenizer, instead of training one (dar)")
     add("--init", metavar="FILE", help="weights to start from: of another stage, another size, or a released file")
     add("--out", help="where the run lives (default: runs/<model>)")
@@ -117,6 +119,8 @@ def main():
         first, first_path = frozen(args, stage, device)
         try:
             known = {stage.first: first.config} if first else {}  # e.g. vae=the config of the VAE that there is
+            if hasattr(preset, "texts"):  # madformer reads a class's name
+                known["texts"] = tuple(data.classes)
             config = dataclasses.replace(preset, classes=len(data.classes), **known,
                                          image_size=args.image_size or preset.image_size)
             config = common.override(stage.config(config), args.set)

@@ -2,6 +2,7 @@
 
     python tests/bench.py [--model transdiff] [--device cpu] [--size tiny] [--batch 8] [--steps 25] [--repeats 5]
     python tests/bench.py --model dar --tokens 256
+    python tests/bench.py --model madformer --set image_size=64
 
 Random weights. The ways run in turn; a row gives the median of each with its range, and the ratio of the medians.
 """
@@ -18,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import dar  # noqa: E402
+import madformer  # noqa: E402
 import transdiff  # noqa: E402
 
 
@@ -111,21 +113,72 @@ def bench_dar(args, device):
           f"   {args.batch / statistics.median(whole):.2f} images/s")
 
 
+def repeating(model):
+    """Makes the sampler work as the released one: the clean block before this one goes through the denoising layers
+    again at each step, though nothing about it has changed."""
+    c, n, denoise, kept = model.config, model.config.tokens, model.denoise, {}
+    first = model.layers[c.ar_depth]
+
+    def noticed(name, x, *args, cached=first.cached, **kwargs):
+        if name == "clean":
+            kept["rows"] = x
+        return cached(name, x, *args, **kwargs)
+
+    def again(x, t, j, condition, store, L, mask):
+        rows = kept.get("rows") if j else None
+        for i in range(c.ar_depth, c.depth) if rows is not None else ():
+            rows = model.layers[i].cached("clean", rows, model.rotary[:, (j - 1) * n:j * n], store[i], L + (j - 1) * n,
+                                          mask)
+        return denoise(x, t, j, condition, store, L, mask)
+
+    def sample(*args, **kwargs):
+        first.cached, model.denoise = noticed, again
+        try:
+            return model.sample(*args, **kwargs)
+        finally:
+            del first.cached, model.denoise
+    return sample
+
+
+def bench_madformer(args, device):
+    """Sampling with everything clean computed once, as released, and with everything again at each step."""
+    torch.manual_seed(0)
+    preset = madformer.PRESETS[args.size]
+    config = common.override(dataclasses.replace(preset, texts=tuple(f"name {k}" for k in range(preset.classes))),
+                             args.set)
+    model = madformer.MADFormer(config).to(device).eval()
+    labels = torch.arange(args.batch, device=device) % config.classes
+
+    def way(sampler):
+        return lambda: sampler(labels, common.Noise.of(0, range(args.batch), device), steps=args.steps)
+
+    (fast, released, plain), (a, b, c) = measured(
+        [way(sampler) for sampler in (model.sample, repeating(model), model.sample_plainly)], args.repeats, device)
+    gaps = [((x - a).abs().max() / a.abs().max()).item() for x in (b, c)]
+    print(f"  {config.ar_length} blocks of {config.tokens} tokens, {config.ar_depth} AR and {config.diffusion_depth}"
+          f" diffusion layers, NFE per block {config.evaluations(args.steps)}\n  once {show(fast)},"
+          f" {args.batch / statistics.median(fast):.2f} images/s   clean block again at each step {show(released)},"
+          f" {ratio(released, fast)}   everything again {show(plain)}, {ratio(plain, fast)}   largest differences"
+          f" {gaps[0]:.1e}, {gaps[1]:.1e}")
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="transdiff", choices=("transdiff", "dar"))
+    parser.add_argument("--model", default="transdiff", choices=("transdiff", "dar", "madformer"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=25, help="transdiff: denoising steps")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps (madformer: of each block)")
     parser.add_argument("--tokens", type=int, help="dar: N (default: the preset's)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="madformer: fields of its Config")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     device = torch.device(args.device)
-    print(f"{args.model} {args.size}, batch {args.batch}, guidance 1.5, float32, {device}, {torch.get_num_threads()} "
+    guidance = "no guidance" if args.model == "madformer" else "guidance 1.5"
+    print(f"{args.model} {args.size}, batch {args.batch}, {guidance}, float32, {device}, {torch.get_num_threads()} "
           f"threads, torch {torch.__version__}; seconds: median (range) of {args.repeats}")
-    {"transdiff": bench_transdiff, "dar": bench_dar}[args.model](args, device)
+    {"transdiff": bench_transdiff, "dar": bench_dar, "madformer": bench_madformer}[args.model](args, device)
 
 
 if __name__ == "__main__":

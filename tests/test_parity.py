@@ -535,6 +535,7 @@ class Watch:
 
 def check_madformer(f, model, out, prefix, totals):
     """Outputs and losses of one forward pass, and gradients for each total: {name of norms: (weights, prefix)}."""
+    model.requires_grad_(True)
     c, B = model.config, len(f["in/clean"])
     clean, eps, t = f["in/clean"], f["in/noise"], f["in/t"]
     watch = Watch(model)

@@ -30,6 +30,10 @@ DAR = ["--model", "dar", *SMALL[:SMALL.index("--set")], "--set", "dim=32", "head
                                             "decoder_dim=64", "decoder_depth=1", "pixel_dim=64", "pixel_depth=2",
                                             "steps=4"))]
 
+MAD = ["--model", "madformer", *SMALL[:SMALL.index("--set")], "--set", "dim=64", "mlp=64", "depth=3",
+       "diffusion_depth=2", "unet.channels=8,16", "unet.groups=4", "unet.time_dim=16", "vae.width=8", "vae.channels=4",
+       "vae.groups=4", "steps=3", "text_drop=0.1"]
+
 
 def run(*command, cwd=None, code=0):
     """A command as a user types it; its output."""
@@ -84,6 +88,15 @@ def trained_dar(pictures, tmp_path_factory):
     said = run(ROOT / "train.py", "--data", pictures, "--out", out, "--steps", 2, *DAR)
     assert all(f"stage {name}: done" in said for name in ("tokenizer", "ar"))
     assert "trained without LPIPS and REPA" in said
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained_mad(pictures, tmp_path_factory):
+    """A MADFormer run of both stages, two steps each, by the real command."""
+    out = tmp_path_factory.mktemp("mad")
+    said = run(ROOT / "train.py", "--data", pictures, "--out", out, "--steps", 2, *MAD)
+    assert all(f"stage {name}: done" in said for name in ("vae", "madformer"))
     return out
 
 
@@ -408,6 +421,73 @@ def test_mistakes_in_training_dar_are_one_line(in_process, tmp_path, monkeypatch
     assert not list(tmp_path.rglob("*.pt"))
 
 
+# --- Training MADFormer -----------------------------------------------------------------------------------------------
+
+def test_madformer_learns_the_names_of_the_folders(trained_mad):
+    line = log_of(trained_mad / "madformer")[-1]
+    assert line["loss"] == pytest.approx(5 * line["image"] + line["text"] + 0.1 * line["hidden"], rel=1e-4)
+    config = common.read(trained_mad / "madformer/model.pt")["config"]
+    assert config["texts"] == ("circle", "star", "triangle")
+    assert (trained_mad / "madformer/samples/step_000002.png").exists()
+
+
+@pytest.mark.parametrize("changes", [[], ["text=0", "mlp_denoising=1", "hidden_weight=0"]])
+def test_killed_madformer_runs_end_bit_equal(trained_mad, pictures, tmp_path, changes):
+    """As above; with frozen parts, too."""
+    import shutil
+
+    def arguments(name):
+        shutil.copytree(trained_mad / "vae", tmp_path / name / "vae", dirs_exist_ok=True)
+        return [str(a) for a in ("--data", pictures, "--out", tmp_path / name, "--stage", "madformer", "--steps", 6,
+                                 "--save-every", 3, "--sample-every", 100, *MAD, *changes)]
+
+    run(ROOT / "train.py", *arguments("whole"))
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(root=str(ROOT), arguments=arguments("killed")))
+    run(script, code=9)
+    run(ROOT / "train.py", *arguments("killed"))
+    whole, killed = (common.read(tmp_path / name / "madformer/state.pt") for name in ("whole", "killed"))
+    assert equal_tensors(whole, killed)
+    whole, killed = (log_of(tmp_path / name / "madformer") for name in ("whole", "killed"))
+    assert [(line["step"], line["loss"]) for line in whole] == [(line["step"], line["loss"]) for line in killed]
+
+
+@pytest.mark.parametrize("changes", [[], ["text=0", "condition=0"], ["mlp_denoising=1", "shared=1"]])
+def test_two_madformer_processes_are_one_with_the_same_batch(trained_mad, pictures, tmp_path, changes):
+    """Parameters that an ablation never uses must not stop two processes."""
+    import shutil
+    arguments = ["--data", pictures, "--stage", "madformer", "--steps", 3, *MAD, *changes]
+    for out in ("one", "two"):
+        shutil.copytree(trained_mad / "vae", tmp_path / out / "vae")
+    run(ROOT / "train.py", *arguments, "--out", tmp_path / "one", "--accumulate", 2, cwd=tmp_path)
+    torchrun(2, ROOT / "train.py", *arguments, "--out", tmp_path / "two", cwd=tmp_path)
+    for a, b in zip(log_of(tmp_path / "one/madformer"), log_of(tmp_path / "two/madformer"), strict=True):
+        for name in ("loss", "norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
+
+
+def test_madformer_goes_on_from_other_weights(trained_mad, in_process, pictures, tmp_path, capsys):
+    """--init: from a run with another split of the layers, all weights fit."""
+    in_process(train, "--data", pictures, "--out", tmp_path, "--stage", "madformer", "--steps", 1, "--vae",
+               trained_mad / "vae/model.pt", "--init", trained_mad / "madformer/model.pt", *MAD, "diffusion_depth=1")
+    assert "changed: none; begun afresh: none; not used: none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--size", "b"], "tiny, ffhq, imagenet"), (["--stage", "ar"], "vae, madformer"),
+    (["--size", "ffhq"], "--vae FILE"),
+    (["--set", "ar_length=5"], "not a square number"), (["--set", "diffusion_depth=0"], "diffusion_depth is 1 to 8"),
+    (["--tokenizer", "x.pt"], "madformer has none"), (["--image-size", "28"], "does not divide into 2 x 2 blocks"),
+    (["--set", "target=v"], "target is one of clean, noise")])
+def test_mistakes_in_training_madformer_are_one_line(in_process, tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((common.UserError, SystemExit)) as caught:
+        in_process(train, "--model", "madformer", "--steps", 1, *arguments)
+    said = str(caught.value) if isinstance(caught.value, common.UserError) else capsys.readouterr().err
+    assert words in said
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 # --- Sampling ---------------------------------------------------------------------------------------------------------
 
 def arrays(path):
@@ -634,6 +714,62 @@ def test_a_released_pair_makes_pictures(trained_dar, in_process, tmp_path):
                    trained_dar / "tokenizer/model.pt", "--out", tmp_path / "x.png")
 
 
+# --- Sampling MADFormer -----------------------------------------------------------------------------------------------
+
+def test_madformer_samples_by_the_real_command(trained_mad, tmp_path):
+    """A set from one process and from two, of other batch sizes; a budget is met and said, and written down."""
+    part = ["--model", "madformer", "--run", trained_mad, "--n", 6, "--cfg", 2, "--nfe", 10, "--sampler", "dpm",
+            "--out"]
+    said = run(ROOT / "sample.py", *part, tmp_path / "one.npz")
+    assert "steps 4; nfe per block 9" in said
+    torchrun(2, ROOT / "sample.py", *part, tmp_path / "two.npz", "--batch-size", 2)
+    (one, labels), (two, _) = arrays(tmp_path / "one.npz"), arrays(tmp_path / "two.npz")
+    assert one.shape == (6, 16, 16, 3) and labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert np.abs(one.astype(int) - two.astype(int)).max() <= 1
+    meta = json.loads((tmp_path / "one.meta.json").read_text())
+    assert (meta["steps"], meta["nfe"], meta["nfe_per_block"], meta["sampler"], meta["cfg"]) == (4, 10, 9, "dpm", 2)
+
+
+def test_a_prompt_is_the_name_of_a_class(trained_mad, in_process, tmp_path, capsys):
+    """The same pictures as --classes, in any case; what was never read is said."""
+    arguments = ["--model", "madformer", "--run", trained_mad, "--device", "cpu", "--n", 2]
+    in_process(sample, *arguments, "--classes", "star,circle", "--out", tmp_path / "a.npz")
+    capsys.readouterr()
+    in_process(sample, *arguments, "--prompt", "Star", " circle", "--out", tmp_path / "b.npz")
+    assert "note" not in capsys.readouterr().out
+    assert np.array_equal(arrays(tmp_path / "a.npz")[0], arrays(tmp_path / "b.npz")[0])
+    in_process(sample, *arguments, "--prompt", "a green moon", "--out", tmp_path / "c.png")
+    assert "not a text of the training data: a green moon" in capsys.readouterr().out
+    assert json.loads((tmp_path / "c.meta.json").read_text())["prompt"] == ["a green moon"]
+
+
+def test_the_animation_grows_block_by_block(trained_mad, in_process, tmp_path):
+    in_process(sample, "--model", "madformer", "--run", trained_mad, "--device", "cpu", "--n", 3, "--out",
+               tmp_path / "x.gif")
+    with Image.open(tmp_path / "x.gif") as film:
+        film.seek(0)
+        first = np.asarray(film.convert("RGB"))[2:66, -66:-2].astype(int)
+        film.seek(film.n_frames - 1)
+        last = np.asarray(film.convert("RGB"))[2:66, -66:-2].astype(int)
+    assert (np.abs(first[32:] - 128) <= 2).all() and np.abs(last[32:] - 128).max() > 8
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--nfe", "2"], "one step takes 3"), (["--nfe", "9", "--steps", "2"], "not both"),
+    (["--steps", "1001"], "1 to 1000"),
+    (["--prompt", "x", "--classes", "0"], "takes the place"), (["--rounds", "2"], "not an option of madformer"),
+    (["--solver", "euler"], "not an option of madformer"), (["--sampler", "euler"], "ddim"),
+    (["--tokenizer", "x"], "not an option of madformer"), (["--cfg", "1,2"], "first:last")])
+def test_mistakes_in_sampling_madformer_are_one_line(trained_mad, in_process, tmp_path, monkeypatch, capsys, arguments,
+                                                     words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((common.UserError, SystemExit)) as caught:
+        in_process(sample, "--model", "madformer", "--run", trained_mad, "--n", 1, *arguments)
+    said = str(caught.value) if isinstance(caught.value, common.UserError) else capsys.readouterr().err
+    assert words in said
+    assert not list(tmp_path.glob("*.png"))
+
+
 # --- The house --------------------------------------------------------------------------------------------------------
 
 def test_only_the_named_packages_are_imported():
@@ -646,8 +782,9 @@ def test_only_the_named_packages_are_imported():
     needed_by_torch = {"sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec", "typing_extensions",
                        "setuptools", "pytest", "pip", "packaging"}
     assert not {m.lower() for m in loaded} & (installed - asked - needed_by_torch)
-    doors = {"common": set(), "transdiff": {"common"}, "dar": {"common"},
-             "sample": {"common", "transdiff", "dar"}, "train": {"common", "transdiff", "dar"}}
+    doors = {"common": set(), "transdiff": {"common"}, "dar": {"common"}, "madformer": {"common"},
+             "sample": {"common", "transdiff", "dar", "madformer"},
+             "train": {"common", "transdiff", "dar", "madformer"}}
     for room, may in doors.items():
         imported = {name for node in ast.walk(ast.parse((ROOT / f"{room}.py").read_text())) for name in (
             [alias.name for alias in node.names] if isinstance(node, ast.Import) else
