@@ -119,6 +119,7 @@ class VAEConfig:
 
 
 SD_VAE = VAEConfig(channels=4, mult=(1, 2, 4, 4), attention=(), scale=0.18215)  # the 4-channel f8 one
+TINY_VAE = VAEConfig(channels=16, width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8, scale=0, kl_weight=1e-3)
 
 
 class ResBlock(nn.Module):
@@ -873,12 +874,33 @@ class Stage:
     views: Callable | None = None              # config -> (image, size) -> the views of an image that are cached
     group: Callable = lambda config: 1         # images of one class that make one sample
     start: str | None = None                   # the earlier stage whose weights it goes on from
+    names: str = ""                            # the config's field that takes the classes' names, if it has one
     carry: Callable | None = None              # (name, old, shape) -> tensor or None, for weights that change shape
     decays: Callable = lambda name, p: p.ndim > 1           # does weight decay act on this parameter?
     trains: Callable = lambda config, name: True            # is this parameter trained?
     finish: Callable = lambda ema, images: None             # called with some images before the weights are written
     ready: Callable = lambda module, config: None           # called before the first step of a process
     preview: Callable | None = None            # (ema, first, images, labels, noise) -> pictures for the grid
+
+
+def vae_stage(augment):
+    """The stage that trains a KL-VAE, for the models whose first stage it is. Recipes: `tiny` alone, see load."""
+    def reconstructions(vae, first, images, labels, noise):
+        moments = vae.encode(images)                                                        # (B, 2z, h, w)
+        latents = vae.sample(moments, noise.normal(moments[0].chunk(2)[0].shape))
+        return torch.stack([images, vae.decode(latents)], 1).flatten(0, 1)                  # in turn
+
+    return Stage("vae", build=lambda c: KLVAE(c.vae), augment=augment, load=load_vae, preview=reconstructions,
+                 recipes={"tiny": Recipe(lr=3e-3, batch=16, epochs=0.8, warmup=0.03, decay=0.4, betas=(0.9, 0.99),
+                                         weight_decay=0.0, clip=1.0, ema=0.99)},
+                 finish=lambda vae, images: vae.calibrate(images))
+
+
+def same_kind_of_vae(model, vae):
+    """Raises UserError if the model was made for another kind of VAE."""
+    has, needs = (f"{c.channels} channels at f{c.factor}" for c in (vae.config, model.config.vae))
+    if has != needs:
+        raise UserError(f"the VAE has {has}, the model needs {needs}")
 
 
 def distributed(device=None):

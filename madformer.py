@@ -9,9 +9,10 @@ Towers    Text, clean blocks and noisy blocks are rows of one sequence with para
 Shapes    B batch, T blocks of n tokens, H width, N layers, the last D of them denoise; S denoising steps.
           Images (B, 3, h, w), latents (B, z, h', w') scaled by the VAE, blocks (B, T, z, p, p). Labels (B,).
 Time      DDPM steps t = 0 .. 999: 0 is almost clean, 999 noise; x_t = alpha_t x_0 + sigma_t eps.
-Where     Eq. 1 to 3, the condition: MADFormer.towers, prepare     Eq. 4 and 5, denoising: towers, denoise
-          Eq. 6, the loss: MADFormer.forward                       who sees whom: rule
-          DDIM and DPM-Solver++: solve                             as plainly as possible: MADFormer.sample_plainly
+Where     Eq. 1 to 5, all rows at once: MADFormer.towers     Eq. 6, the loss: MADFormer.forward
+          Eq. 1 to 3 for one block: prepare                  Eq. 4 and 5 for one step: denoise
+          who sees whom: rule                                DDIM and DPM-Solver++: solve
+          sampling with caches: sample                       as plainly as possible: sample_plainly
 Differs   Paper and released code differ in much: `target`, `image_weight`, `hidden`, `clean_target`, `clean_time` have
           both. The table "Where paper and code differ" in the README has all points.
 """
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import common
-from common import SD_VAE, Recipe, Stage, UserError, VAEConfig
+from common import SD_VAE, TINY_VAE, Recipe, Stage, UserError, VAEConfig
 
 HEAD = 64  # channels of an attention head
 TEXT, CLEAN, NOISE = range(3)  # kinds of rows
@@ -66,22 +67,22 @@ class Config:
     shared: bool = False            # one set of parameters for all towers (Table 4)
     mlp_denoising: bool = False     # while denoising every block sees only itself (Table 5)
     target: str = "noise"           # the network predicts the "clean" latent (Eq. 6) or the "noise" (released)
-    text_weight: float = 1.0        # weights of Eq. 6: text,
-    image_weight: float = 1.0       # image (paper: 5, released: 1),
-    hidden_weight: float = 0.1      # hidden loss and
-    clean_weight: float = 0.0       # clean-tower loss (Table 6)
+    text_weight: float = 1.0        # lambda_text of Eq. 6
+    image_weight: float = 1.0       # lambda_image; paper: 5, released: 1
+    hidden_weight: float = 0.1      # lambda_hidden (Table 6)
+    clean_weight: float = 0.0       # lambda_tower (Table 6)
     hidden: str = "sum"             # the hidden loss judges the "condition" (Eq. 6) or its "sum" with z (released)
     clean_target: str = "next"      # the clean tower is to predict the "next" block (Sec. 3.2) or the "same" (released)
     clean_time: str = "noisy"       # time that a clean block is embedded with: that of the "noisy" block in its place
                                     # (released; when sampling the last one of the schedule) or "zero"
-    sampler: str = "ddim"           # sampler defaults: "ddim" (paper) or "dpm" (DPM-Solver++ 2M, released),
-    steps: int = 250                # S, at most 1000,
-    cfg: float = 1.0                # guidance scale (1 is off, as in the paper),
-    clip: float = 0.0               # DDIM clamps x_0 to -clip .. clip; 0: it does not
+    sampler: str = "ddim"           # sampler defaults: "ddim" (paper) or "dpm" (DPM-Solver++ 2M, released)
+    steps: int = 250                # S, 1 .. 1000
+    cfg: float = 1.0                # guidance scale; 1 is off, as in the paper
     unet: UNetConfig = UNetConfig()
     vae: VAEConfig = SD_VAE
 
     def __post_init__(self):
+        u = self.unet
         for name, values in (("target", ("clean", "noise")), ("hidden", ("condition", "sum")),
                              ("clean_target", ("next", "same")), ("clean_time", ("noisy", "zero")),
                              ("sampler", ("ddim", "dpm"))):
@@ -93,17 +94,21 @@ class Config:
             raise ValueError(f"diffusion_depth is 1 to {self.depth} (depth), not {self.diffusion_depth}")
         if self.ar_length < 1 or math.isqrt(self.ar_length) ** 2 != self.ar_length:
             raise ValueError(f"ar_length {self.ar_length} is not a square number")
-        if self.image_size % self.vae.factor or self.latent_size % (self.across * self.factor):
+        if not u.channels or not len(u.channels) == len(u.blocks) == len(u.attention) or {*u.attention} - {0, 1}:
+            raise ValueError("unet.channels, blocks and attention have an entry for each level; attention is 0 or 1")
+        if min(self.mlp, u.time_dim, u.groups, u.heads, *u.channels, *u.blocks) < 1:
+            raise ValueError("mlp and the fields of unet are 1 or more")
+        if any(c % u.groups or a and c % (c // min(u.heads, c)) for c, a in zip(u.channels, u.attention)):
+            raise ValueError(f"unet.channels do not divide into {u.groups} groups and {u.heads} heads")
+        if self.image_size < 1 or self.image_size % self.vae.factor or self.latent_size % (self.across * self.factor):
             raise ValueError(f"image_size {self.image_size}: its latent, 1/{self.vae.factor} of that, does not divide"
                              f" into {self.across} x {self.across} blocks whose side is a multiple of {self.factor}")
-        u = self.unet
-        if not len(u.channels) == len(u.blocks) == len(u.attention) or any(c % u.groups for c in u.channels):
-            raise ValueError("unet: channels, blocks and attention have an entry for each level; channels are multiples"
-                             f" of groups, {u.groups}")
         if self.clean_weight and not (self.clean_blocks and self.ar_length > 1):
             raise ValueError("the clean-tower loss needs clean blocks, and more than one")
-        if not 1 <= self.steps <= 1000 or not 0 <= self.text_drop <= 1 or min(self.mlp, u.time_dim, *u.blocks) < 1:
-            raise ValueError("steps is 1 to 1000, text_drop 0 to 1; mlp, unet.time_dim and unet.blocks are 1 or more")
+        if not 1 <= self.steps <= 1000 or not 0 <= self.text_drop <= 1:
+            raise ValueError("steps is 1 to 1000, text_drop 0 to 1")
+        if self.cfg != 1 and not (self.text and self.text_drop):
+            raise ValueError("guidance (cfg other than 1) needs text and text_drop")
         if self.text and self.texts and len(self.texts) != self.classes:
             raise ValueError(f"{len(self.texts)} texts for {self.classes} classes")
 
@@ -133,21 +138,30 @@ class Config:
         return (self.block // self.factor) ** 2
 
     @property
+    def side(self):
+        """Tokens per image side."""
+        return self.latent_size // self.factor
+
+    @property
     def ar_depth(self):
         """N - D, layers that run once per block."""
         return self.depth - self.diffusion_depth
 
     @property
     def seen(self):
-        """Clean blocks that somebody sees in training: the last one is seen by the text behind the image alone."""
-        return (self.ar_length - (not self.text)) * self.clean_blocks
+        """Clean blocks that somebody sees in training; the last one is seen by EOI alone, which follows the image."""
+        return (self.ar_length if self.text else self.ar_length - 1) * self.clean_blocks
 
     def working(self, layer):
-        """Names of the towers whose rows somebody still needs at this layer (`depth`: behind the last one)."""
-        early, late = layer < self.ar_depth, layer == self.depth
-        hidden = late or self.mlp_denoising and not (early and self.condition)  # nobody looks back at clean rows
-        there = (self.text, self.seen and (self.clean_weight or not hidden), not early or self.condition)
-        return [name for name, needed in zip(TOWERS, there) if needed]
+        """Names of the towers whose rows somebody still needs at this layer of a training step (N: behind the last)."""
+        early = layer < self.ar_depth
+        if layer == self.depth:
+            looked_at = False
+        else:  # by later blocks, through the attention
+            looked_at = early and self.condition if self.mlp_denoising else True
+        needed = {"text": self.text, "clean": self.seen and (looked_at or self.clean_weight),
+                  "noise": not early or self.condition}
+        return [name for name in needed if needed[name]]
 
     def evaluations(self, steps):
         """NFE as the paper counts it: layer evaluations per block, AR layers once and the others at every step."""
@@ -161,7 +175,6 @@ class Config:
         return steps
 
 
-TINY_VAE = VAEConfig(channels=16, width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8, scale=0, kl_weight=1e-3)
 PRESETS = {
     "tiny": Config(image_size=32, classes=10, text=True, dim=128, mlp=384, depth=8, diffusion_depth=4, ar_length=4,
                    target="clean", image_weight=5.0, hidden="condition", clean_time="zero", steps=25,
@@ -295,7 +308,7 @@ class Downsampler(nn.Module):
         self.conv_out = nn.Conv2d(c[-1], config.dim, 3, padding=1)
 
     def forward(self, x, t):                                                               # (M, z, p, p), (M,) or (1,)
-        """Tokens (M, n, H), and the feature maps for the upsampler."""
+        """Tokens (M, n, H), in float32, and the feature maps for the upsampler."""
         e, x = self.time(t), self.conv_in(x)
         kept = [x]
         for level in self.levels:
@@ -303,7 +316,7 @@ class Downsampler(nn.Module):
                 kept.append(x := level.block(j, x, e))
             if level.resample is not None:
                 kept.append(x := level.resample(x))
-        return self.conv_out(x).flatten(2).transpose(1, 2), kept
+        return self.conv_out(x).float().flatten(2).transpose(1, 2), kept
 
 
 class Upsampler(nn.Module):
@@ -339,8 +352,8 @@ class Upsampler(nn.Module):
 
 # --- The transformer --------------------------------------------------------------------------------------------------
 
-def rotary(rows, columns, side):
-    """cos and sin (2, n, 64) for tokens at (rows, columns), both (n,), of an image with `side` tokens per side."""
+def rotary_grid(rows, columns, side):
+    """cos and sin (2, m, 64) for tokens at (rows, columns), both (m,), of an image with `side` tokens per side."""
     base = 100 * (1 + int(8 * side / math.pi) // 100)
     omega = base ** (-torch.arange(HEAD // 4, device=rows.device) / (HEAD // 4 - 1))
     r, c = rows[:, None] * omega, columns[:, None] * omega
@@ -349,8 +362,8 @@ def rotary(rows, columns, side):
 
 
 def rotate(x, rotary):
-    """Channel i (row angle) and i + 32 (column angle) of x (B, heads, n, 64), mixed as released: a rotation only where
-    row and column are equal."""
+    """Mixes channel i of x (B, heads, m, 64), by its row's angle, with channel i + 32, by its column's. As released:
+    only where row and column are equal is this a rotation."""
     cos, sin = rotary
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], -1) * sin
@@ -361,12 +374,12 @@ class Tower(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        H, hidden = config.dim, config.mlp
+        H, width = config.dim, config.mlp
         self.norm1, self.norm2 = (nn.RMSNorm(H, eps=1e-5) for _ in range(2))
         self.q_norm, self.k_norm = (nn.RMSNorm(HEAD, eps=1e-6) for _ in range(2))
         self.qkv, self.proj = nn.Linear(H, 3 * H), nn.Linear(H, H)
-        self.gate, self.up = (nn.Linear(H, hidden, bias=False) for _ in range(2))
-        self.down = nn.Linear(hidden, H, bias=False)
+        self.gate, self.up = (nn.Linear(H, width, bias=False) for _ in range(2))
+        self.down = nn.Linear(width, H, bias=False)
 
     def heads(self, x, rotary):
         """Queries, keys and values (B, heads, m, 64) of rows x (B, m, H)."""
@@ -374,9 +387,9 @@ class Tower(nn.Module):
         q, k = (rotate(norm(part.float()), rotary).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
         return q, k, v
 
-    def rest(self, x, h):
-        """The layer's output (B, m, H) for rows x and what the heads (B, heads, m, 64) found."""
-        x = x + self.proj(h.transpose(1, 2).flatten(2))
+    def rest(self, x, found):
+        """The layer's output (B, m, H) for rows x and what the heads found, (B, heads, m, 64)."""
+        x = x + self.proj(found.transpose(1, 2).flatten(2))
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
@@ -393,16 +406,16 @@ class Layer(nn.Module):
         """The parameters for these rows."""
         return self.sets["all" if "all" in self.sets else name]
 
-    def forward(self, rows, rotaries, attend, ask):
-        """rows: name of the tower -> (B, m, H). ask: the towers whose rows go on, in the same order; the others only
-        give keys and values. attend(q, k, v) decides who sees whom."""
+    def forward(self, rows, rotaries, attend, going_on):
+        """rows: name of the tower -> (B, m, H). going_on: the towers whose rows are needed behind this layer, in the
+        same order; the others only give keys and values. attend(q, k, v) decides who sees whom."""
         heads = {name: self.tower(name).heads(x, rotaries[name]) for name, x in rows.items()}
         k, v = (torch.cat([three[i] for three in heads.values()], 2) for i in (1, 2))
-        h = attend(torch.cat([heads[name][0] for name in ask], 2), k, v)                   # (B, heads, rows, 64)
-        parts = h.split([rows[name].shape[1] for name in ask], 2)
-        return {name: self.tower(name).rest(rows[name], part) for name, part in zip(ask, parts)}
+        found = attend(torch.cat([heads[name][0] for name in going_on], 2), k, v)          # (B, heads, rows, 64)
+        parts = found.split([rows[name].shape[1] for name in going_on], 2)
+        return {name: self.tower(name).rest(rows[name], part) for name, part in zip(going_on, parts)}
 
-    def cached(self, name, x, rotary, store=None, begin=0, mask=None, causal=False):
+    def cached(self, name, x, rotary, store=None, begin=0, mask=None, causal=False, going_on=True):
         """Rows x (B, m, H) of one tower when sampling: their keys and values take places begin .. begin + m of the
         store (2, B, heads, places, 64), and they see all up to there; without a store they see only themselves."""
         q, k, v = self.tower(name).heads(x, rotary)
@@ -410,22 +423,24 @@ class Layer(nn.Module):
             end = begin + x.shape[1]
             store[0][:, :, begin:end], store[1][:, :, begin:end] = k, v
             k, v, mask = store[0][:, :, :end], store[1][:, :, :end], mask if mask is None else mask[..., :end]
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.tower(name).rest(x, h)
+        if not going_on:
+            return None
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.tower(name).rest(x, found)
 
 
 # --- Who sees whom ----------------------------------------------------------------------------------------------------
 
-Rows = namedtuple("Rows", "kind place shown rotary")  # of a tower's rows (m,): what they are, where in the sequence,
-#                                                       (1 or B, m) whether later places may look at them, the angles
+Layout = namedtuple("Layout", "kind place shown rotary")  # of m rows: what they are (m,), their place in the sequence
+#                               (m,), whether later places may look at them (1 or B, m), and the angles (2, m, 64)
 
 
 def rule(queries, keys, alone):
-    """mask_mod(b, h, i, j): does row i of `queries` see row j of `keys`? Both are Rows.
+    """mask_mod(b, h, i, j): does row i of `queries` see row j of `keys`? Both are Layouts.
 
     Places count text tokens and image blocks in their order: the clean and the noisy rows of a block share one. All see
     their own kind at their own place, and what is `shown` (clean blocks, text but its padding) at earlier places.
-    alone: blocks see only themselves, text only text.
+    alone: blocks see only themselves, text only text (Table 5).
     """
     def mask(b, h, i, j):
         here = (queries.kind[i] == keys.kind[j]) & (queries.place[i] == keys.place[j])
@@ -436,24 +451,18 @@ def rule(queries, keys, alone):
     return mask
 
 
-def attention(queries, keys, alone, flex=None):
-    """attend(q, k, v) under the rule: FlexAttention on CUDA, which skips what is hidden; elsewhere a dense mask."""
+def attention(queries, keys, alone, flex):
+    """attend(q, k, v) under the rule, by FlexAttention, which skips what is hidden, or with a dense mask."""
     mask, device = rule(queries, keys, alone), keys.place.device
     B, m_q, m_k = len(keys.shown), len(queries.place), len(keys.place)
-    if device.type == "cuda" if flex is None else flex:
+    if flex:
         block_mask = create_block_mask(mask, B if B > 1 else None, None, m_q, m_k, device)
-        kernel = compiled_flex() if device.type == "cuda" else flex_attention
+        fused = device.type == "cuda" and not torch.compiler.is_compiling()  # else it is compiled with the model
+        kernel = compiled_flex() if fused else flex_attention
         return lambda q, k, v: kernel(q, k, v, block_mask=block_mask)
     b, i, j = (torch.arange(m, device=device) for m in (B, m_q, m_k))
-    dense = mask(b[:, None, None, None], None, i[:, None], j)                              # (B or 1, 1, m_q, m_k)
+    dense = mask(b[:, None, None, None], None, i[:, None], j)
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
-
-
-def together(parts):
-    """The Rows of several towers, one after another."""
-    B = max(len(part.shown) for part in parts)
-    return Rows(torch.cat([part.kind for part in parts]), torch.cat([part.place for part in parts]),
-                torch.cat([part.shown.expand(B, -1) for part in parts], 1), None)
 
 
 @functools.cache
@@ -462,318 +471,11 @@ def compiled_flex():
     return torch.compile(flex_attention)
 
 
-# --- The whole model --------------------------------------------------------------------------------------------------
-
-def idle(config, name):
-    """Is this a parameter that the configuration has, as the published files do, but never uses?"""
-    c, found = config, re.match(r"layers\.(\d+)\.sets\.(\w+)\.(\w+)", name)
-    if not found:
-        return name == "boi" and not c.condition
-    layer, tower, part = int(found[1]), found[2], found[3]
-    now, then = (c.working(i) if tower != "all" else ["all"] * bool(c.working(i)) for i in (layer, layer + 1))
-    return tower not in now or tower not in then and part not in ("norm1", "qkv", "k_norm")
-
-
-class MADFormer(nn.Module):
-    """Downsampler, transformer, upsampler, and the text's embedding and head."""
-
-    def __init__(self, config):
-        super().__init__()
-        c = self.config = config
-        self.down, self.up = Downsampler(c), Upsampler(c)
-        self.boi = nn.Parameter(torch.empty(1, c.tokens, c.dim))                           # in place of a block before
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.depth))                      # the first one
-        token, side = torch.arange(c.ar_length * c.tokens), c.block // c.factor
-        block, inside = token // c.tokens, token % c.tokens
-        self.register_buffer("rotary", rotary(block // c.across * side + inside // side,
-                                              block % c.across * side + inside % side, c.across * side),
-                             persistent=False)
-        self.register_buffer("alphas_bar", alphas_bar(), persistent=False)
-        if c.text:
-            self.text = Text(c.text_tokenizer)
-            if 0 < c.vocabulary < self.text.size:
-                raise UserError(f"vocabulary {c.vocabulary}: the text tokenizer has {self.text.size} tokens")
-            self.embed = nn.Embedding(c.vocabulary or self.text.size, c.dim)
-            self.head = nn.Linear(c.dim, c.vocabulary or self.text.size, bias=False)
-            self.register_buffer("names", self.text.encode(c.texts) if c.texts else None, persistent=False)
-            self.register_buffer("empty", self.text.encode([""]), persistent=False)
-        self.initialise()
-        for name, parameter in self.named_parameters():
-            if idle(c, name):
-                parameter.requires_grad_(False)
-
-    @torch.no_grad()
-    def initialise(self):
-        """Released initialisation: Xavier for linear layers, torch's own for convolutions; nothing is zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.boi)
-
-    def cut(self, latents):
-        """Latents (B, z, h', w') as square blocks (B, T, z, p, p) in raster order."""
-        n, p = self.config.across, self.config.block
-        return latents.unflatten(3, (n, p)).unflatten(2, (n, p)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-
-    def join(self, blocks):
-        """The inverse of cut."""
-        n = self.config.across
-        return blocks.unflatten(1, (n, n)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-
-    def noised(self, x, eps, t):
-        """x_t of blocks x (B, T, z, p, p) at steps t (B, T), Sec. 2.2."""
-        abar = self.alphas_bar[t][..., None, None, None]
-        return abar.sqrt() * x + (1 - abar).sqrt() * eps
-
-    def image_rows(self, kind, first, blocks):
-        """Rows of image blocks first .. first + blocks."""
-        c, n = self.config, self.config.tokens
-        place = torch.arange(first, first + blocks, device=self.boi.device).repeat_interleave(n)
-        shown = torch.full((1, len(place)), kind == CLEAN or not c.clean_blocks, device=place.device)
-        return Rows(torch.full_like(place, kind), place, shown, self.rotary[:, first * n:(first + blocks) * n])
-
-    def text_rows(self, tokens, closing=False):
-        """Embeddings (B, L, H) of tokens (B, L) = [BOS text BOI], and their Rows. closing: with EOI and EOS behind the
-        image. Text stands on the diagonal of the positions, where the released form is a rotation."""
-        c, (B, L), side = self.config, tokens.shape, self.config.across * self.up.side
-        at = torch.arange(L, device=tokens.device)
-        place, shown = at - L, at < self.text.lengths(tokens)[:, None]
-        if closing:
-            tokens = torch.cat([tokens, tokens.new_tensor([[self.text.eoi, self.text.eos]]).expand(B, 2)], 1)
-            at, place, shown = torch.cat([at, side + at[:2]]), torch.cat([place, c.ar_length + at[:2]]), F.pad(
-                shown, (0, 2), value=True)
-        return self.embed(tokens), Rows(torch.full_like(place, TEXT), place, shown, rotary(at, at, side))
-
-    def towers(self, rows, about, z):
-        """All rows through all layers under a mask, as in training.
-
-        rows: tower -> (B, m, H), about: tower -> Rows. The noise tower's rows begin with the block before theirs (Eq.
-        1) and get their noisy latents z (B, m, H) between the two halves. Returns the rows that are needed behind the
-        last layer, and the condition (B, m, H); None if it is off.
-        """
-        c, condition, attends = self.config, None, {}
-        for i, layer in enumerate(self.layers):
-            if i == c.ar_depth:
-                condition = rows["noise"] if c.condition else None                         # Eq. 3
-                rows["noise"] = z if condition is None else condition + z                  # Eq. 4
-            now = tuple(name for name in c.working(i) if name in rows)
-            ask = tuple(name for name in now if name in c.working(i + 1))
-            if not now:
-                continue
-            key = now, ask, c.mlp_denoising and i >= c.ar_depth
-            if key not in attends:
-                attends[key] = attention(together([about[n] for n in ask]), together([about[n] for n in now]), key[2])
-            new = layer({name: rows[name] for name in now}, {name: about[name].rotary for name in now}, attends[key],
-                        ask)                                                               # Eq. 2, 5
-            rows = {**rows, **new}
-        return rows, condition
-
-    def forward(self, latents, labels, *, t=None, eps=None, drop=None, text=None):
-        """Training loss, Eq. 6, for latents (B, z, h', w') and labels (B,).
-
-        Drawn unless given: t (B, T) steps 0 .. 999, one for each block, eps (B, T, z, p, p), drop (B,) bool: who loses
-        the text. text (B, L): tokens [BOS text BOI] instead of the class's name.
-        """
-        c, B, T = self.config, len(latents), self.config.ar_length
-        x = self.cut(latents)                                                              # (B, T, z, p, p)
-        t = torch.randint(1000, (B, T), device=x.device) if t is None else t
-        eps = torch.randn_like(x) if eps is None else eps
-        clean_t = t if c.clean_time == "noisy" else torch.zeros_like(t)
-        h, kept = self.down(torch.cat([x, self.noised(x, eps, t)]).flatten(0, 1), torch.cat([clean_t, t]).flatten())
-        clean, z = h.unflatten(0, (2, B, T))                                               # (B, T, n, H) each
-        of_clean, of_noisy = zip(*(f.chunk(2) for f in kept))
-
-        rows, about = {}, {}
-        if c.text:
-            text = self.names[labels] if text is None else text
-            if drop is None:
-                drop = torch.rand(B, device=x.device) < c.text_drop * self.training
-            empty = F.pad(self.empty[0], (0, text.shape[1] - 2), value=self.text.eos)
-            text = torch.where(drop[:, None], empty, text)
-            rows["text"], about["text"] = self.text_rows(text, closing=True)
-        if c.seen:
-            rows["clean"], about["clean"] = clean[:, :c.seen].flatten(1, 2), self.image_rows(CLEAN, 0, c.seen)
-        start = torch.cat([self.boi.expand(B, -1, -1), clean[:, :-1].flatten(1, 2)], 1)
-        rows["noise"], about["noise"] = start, self.image_rows(NOISE, 0, T)
-        rows, condition = self.towers(rows, about, z.flatten(1, 2))
-
-        def blocks(rows, t, kept):
-            m = rows.shape[1] // c.tokens
-            kept = [f.unflatten(0, (B, T))[:, :m].flatten(0, 1) for f in kept]
-            return self.up(rows.unflatten(1, (m, -1)).flatten(0, 1), t[:, :m].flatten(), kept).unflatten(0, (B, m))
-
-        out = {"image": F.mse_loss(blocks(rows["noise"], t, of_noisy), x if c.target == "clean" else eps)}
-        loss = c.image_weight * out["image"]
-        if c.text:
-            length = self.text.lengths(text)[:, None]
-            at = torch.arange(text.shape[1] - 1, device=x.device)
-            logits = self.head(rows["text"]).float()
-            targets = text[:, 1:].masked_fill((at + 1 >= length) | drop[:, None], -100)    # a dropped text says nothing
-            end = torch.full((B, 1), self.text.eos, device=x.device)                       # EOI is followed by EOS
-            logits = torch.cat([logits[:, :len(at)], logits[:, -2:-1]], 1)
-            out["text"] = F.cross_entropy(logits.flatten(0, 1), torch.cat([targets, end], 1).flatten())
-            loss = loss + c.text_weight * out["text"]
-        if c.hidden_weight and condition is not None:
-            judged = condition if c.hidden == "condition" else condition + z.flatten(1, 2)
-            out["hidden"] = F.mse_loss(blocks(judged, t, of_clean), x)
-            loss = loss + c.hidden_weight * out["hidden"]
-        if c.clean_weight:
-            told = blocks(rows["clean"], clean_t, of_clean)[:, :T - 1]
-            out["clean"] = F.mse_loss(told, x[:, 1:] if c.clean_target == "next" else x[:, :-1])
-            loss = loss + c.clean_weight * out["clean"]
-        return {"loss": loss, **out}
-
-    @torch.no_grad()
-    def sample(self, labels, noise, *, cfg=None, interval=(0.0, 1.0), steps=None, sampler=None, clip=None, text=None,
-               on_step=None):
-        """Scaled latents (B, z, h', w') for labels (B,), block by block; text and clean blocks go through once each.
-
-        What is not given comes from the config. cfg: guidance scale against the empty text, a number or a pair that
-        runs linearly over a block's steps; 1 is off and costs half, 0 unconditional. It acts while t / 1000 is in
-        `interval`. text (B, L): tokens [BOS text BOI] instead of the class's name. on_step(block, step, latents): the
-        blocks so far with the current estimate of this one, zeros where nothing is yet. Raises UserError for settings
-        that the model cannot follow.
-        """
-        c, B = self.config, len(labels)
-        text, scales, sampler, clip = self.settings(labels, cfg, interval, steps, sampler, clip, text)
-        guided = any(g != 1 for g in scales)
-        many, L = B * (1 + guided), 0 if text is None else text.shape[1]
-        if guided:
-            text = torch.cat([text, F.pad(self.empty[0], (0, L - 2), value=self.text.eos).expand(B, L)])
-        dtype = torch.get_autocast_dtype(labels.device.type) if torch.is_autocast_enabled(labels.device.type) else None
-        remembered = c.ar_depth if c.mlp_denoising else c.depth                             # layers that look back
-        store = torch.zeros(remembered, 2, many, c.dim // HEAD, L + c.ar_length * c.tokens, HEAD, dtype=dtype,
-                            device=labels.device)
-        mask = None if text is None else self.read(text, store)
-        last = schedule(sampler, len(scales))[0][-1] if c.clean_time == "noisy" else 0
-        blocks = torch.zeros(B, c.ar_length, c.vae.channels, c.block, c.block, device=labels.device)
-        before = self.boi.expand(many, -1, -1)
-        for j in range(c.ar_length):
-            if j:
-                before = self.down(blocks[:, j - 1], torch.full((1,), last, device=labels.device))[0]
-                before = before.repeat(many // B, 1, 1)
-            condition = self.prepare(j, before, store, L, mask)
-
-            def network(x, i, t, j=j, condition=condition):
-                out = self.denoise(x, t, j, condition, store, L, mask)
-                if not guided:
-                    return out
-                out, null = out.chunk(2)
-                return null + scales[i] * (out - null)
-
-            def watch(i, x_0, j=j):
-                blocks[:, j] = x_0
-                on_step(j, i, self.join(blocks))
-            start = noise.normal((c.vae.channels, c.block, c.block))
-            blocks[:, j] = solve(network, start, sampler, len(scales), c.target, clip, on_step and watch)
-        return self.join(blocks)
-
-    def settings(self, labels, cfg, interval, steps, sampler, clip, text):
-        """Text tokens or None, the guidance scale of each step, the sampler and its clipping."""
-        c = self.config
-        cfg, steps, sampler, clip = (getattr(c, name) if value is None else value for name, value in
-                                     (("cfg", cfg), ("steps", steps), ("sampler", sampler), ("clip", clip)))
-        if not 1 <= steps <= 1000:
-            raise UserError(f"{steps} steps: 1 to 1000")
-        acts = [interval[0] <= t / 1000 <= interval[1] for t in schedule(sampler, steps)[0]]
-        scales = [g if act else 1.0 for g, act in zip(common.guidance_scales(cfg, steps), acts, strict=True)]
-        if not c.text:
-            if text is not None or any(g != 1 for g in scales):
-                raise UserError("this model has no text tower: it takes no prompt and no guidance")
-            return None, scales, sampler, clip
-        if any(g != 1 for g in scales) and not c.text_drop:
-            raise UserError("guidance needs a model that was trained with text_drop: this one never saw an empty text")
-        if text is None and self.names is None:
-            raise UserError("this model knows no class names: give a prompt")
-        return (self.names[labels] if text is None else text), scales, sampler, clip
-
-    def read(self, text, store):
-        """Sends the text through the layers that look back. Returns the mask (B, 1, 1, places) that hides padding from
-        everybody else; None if there is none."""
-        rows, about = self.text_rows(text)
-        for layer, kept in zip(self.layers, store):
-            rows = layer.cached("text", rows, about.rotary, kept, causal=True)
-        if about.shown.all():
-            return None
-        return F.pad(about.shown, (0, store.shape[4] - text.shape[1]), value=True)[:, None, None]
-
-    def prepare(self, j, before, store, L, mask):
-        """The AR pass for block j: the condition (B, n, H) of Eq. 3. before (B, n, H) is block j - 1, clean, or BOI.
-
-        Keys and values stand in the store: those of the text in the first L places, then a block's n. A noisy block
-        takes the place of its block until the clean one comes.
-        """
-        c, n, noise, clean = self.config, self.config.tokens, before, before
-        past, here = (self.rotary[:, max(k, 0) * n:(k + 1) * n] for k in (j - 1, j))
-        for i, kept in enumerate(store):
-            layer = self.layers[i]
-            if j and c.clean_blocks:
-                clean = layer.cached("clean", clean, past, kept, L + (j - 1) * n, mask)
-            if i < c.ar_depth and c.condition:
-                noise = layer.cached("noise", noise, here, kept, L + j * n, mask)          # Eq. 2
-        return noise if c.condition else torch.zeros_like(noise)
-
-    def denoise(self, x, t, j, condition, store, L, mask):
-        """The network's output (B, z, p, p) for block j at step t; x (B, z, p, p), or half as many as conditions."""
-        c, n, t = self.config, self.config.tokens, torch.full((1,), t, device=x.device)
-        z, kept = self.down(x, t)
-        times = len(condition) // len(x)
-        rows = condition + z.repeat(times, 1, 1)                                           # Eq. 4
-        for i in range(c.ar_depth, c.depth):                                               # Eq. 5
-            kept_here = {} if c.mlp_denoising else dict(store=store[i], begin=L + j * n, mask=mask)
-            rows = self.layers[i].cached("noise", rows, self.rotary[:, j * n:(j + 1) * n], **kept_here)
-        return self.up(rows, t, [f.repeat(times, 1, 1, 1) for f in kept])
-
-    @torch.no_grad()
-    def sample_plainly(self, labels, noise, *, cfg=None, steps=None, sampler=None, text=None):
-        """The same latents as `sample`, as plainly as possible: at every step all rows so far go through all layers."""
-        c, B = self.config, len(labels)
-        text, scales, sampler, clip = self.settings(labels, cfg, (0.0, 1.0), steps, sampler, None, text)
-        last = schedule(sampler, len(scales))[0][-1] if c.clean_time == "noisy" else 0
-        images, starts, noisy = [], [self.boi.expand(B, -1, -1)], []                        # per block
-
-        def network(x, i, t, text):
-            first = len(images) if c.clean_blocks else 0  # without clean blocks history is seen through noise rows
-            z, kept = self.down(x, torch.full((1,), t, device=x.device))
-            rows, about = {}, {}
-            if text is not None:
-                rows["text"], about["text"] = self.text_rows(text)
-            if c.clean_blocks and images:
-                rows["clean"], about["clean"] = torch.cat(starts[1:], 1), self.image_rows(CLEAN, 0, len(images))
-            rows["noise"] = torch.cat(starts[first:], 1)
-            about["noise"] = self.image_rows(NOISE, first, len(starts) - first)
-            noisy[len(images):] = [z]
-            rows, _ = self.towers(rows, about, torch.cat(noisy[first:], 1))
-            return self.up(rows["noise"][:, -c.tokens:], torch.full((1,), t, device=x.device), kept)
-
-        def guided(x, i, t):
-            out = network(x, i, t, text)
-            if scales[i] == 1:
-                return out
-            null = network(x, i, t, self.empty.expand(B, -1))
-            return null + scales[i] * (out - null)
-
-        for j in range(c.ar_length):
-            start = noise.normal((c.vae.channels, c.block, c.block))
-            images.append(solve(guided, start, sampler, len(scales), c.target, clip))
-            starts.append(self.down(images[-1], torch.full((1,), last, device=start.device))[0])
-        return self.join(torch.stack(images, 1))
-
-    @torch.no_grad()
-    def complete(self, text="", most=64):
-        """The text that the text tower goes on with, greedily, until an image begins or the text ends."""
-        tokens = self.text.encode([text]).to(self.boi.device)[:, :-1]                       # without BOI
-        for _ in range(most):
-            rows, about = self.text_rows(tokens)
-            for layer in self.layers:
-                rows = layer.cached("text", rows, about.rotary, causal=True)
-            token = self.head(rows[:, -1]).argmax(-1)
-            if token.item() in (self.text.boi, self.text.eos):
-                break
-            tokens = torch.cat([tokens, token[None]], 1)
-        return self.text.decode(tokens[0].tolist())
+def together(layouts):
+    """The Layout of several towers, one after another."""
+    B = max(len(part.shown) for part in layouts)
+    return Layout(torch.cat([part.kind for part in layouts]), torch.cat([part.place for part in layouts]),
+                  torch.cat([part.shown.expand(B, -1) for part in layouts], 1), None)
 
 
 # --- Samplers ---------------------------------------------------------------------------------------------------------
@@ -800,7 +502,8 @@ def schedule(sampler, steps):
 def solve(network, x, sampler, steps, target, clip=0.0, on_step=None):
     """x_0 of noise x by DDIM (eta = 0) or DPM-Solver++ (2M). network(x_t, i, t) gives the target at step i, time t.
 
-    on_step(i, x_0) gets the estimates. clip: only in DDIM.
+    on_step(i, x_0) gets the estimates. clip: DDIM clamps x_0 to -clip .. clip (0: not), as its usual implementation
+    does by default; harmful to latents.
     """
     ts, alpha, sigma = schedule(sampler, steps)
     log_snr = [math.log(a / s) if s else math.inf for a, s in zip(alpha, sigma)]
@@ -825,55 +528,356 @@ def solve(network, x, sampler, steps, target, clip=0.0, on_step=None):
     return x
 
 
+# --- The whole model --------------------------------------------------------------------------------------------------
+
+Cache = namedtuple("Cache", "store begin mask")  # keys and values (layers, 2, B, heads, places, 64); where the image
+#                                begins, behind the text; what hides the text's padding (B, 1, 1, places), or None
+
+
+class MADFormer(nn.Module):
+    """Downsampler, transformer, upsampler, and the text's embedding and head."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.down, self.up = Downsampler(c), Upsampler(c)
+        self.boi = nn.Parameter(torch.empty(1, c.tokens, c.dim))                           # in place of a block before
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.depth))                      # the first one
+        token, p = torch.arange(c.ar_length * c.tokens), c.block // c.factor
+        block, inside = token // c.tokens, token % c.tokens
+        row, column = block // c.across * p + inside // p, block % c.across * p + inside % p
+        self.register_buffer("rotary", rotary_grid(row, column, c.side), persistent=False)
+        self.register_buffer("alphas_bar", alphas_bar(), persistent=False)
+        if c.text:
+            self.tokenizer = Text(c.text_tokenizer)
+            if 0 < c.vocabulary < self.tokenizer.size:
+                raise UserError(f"vocabulary {c.vocabulary}: the text tokenizer has {self.tokenizer.size} tokens")
+            self.embed = nn.Embedding(c.vocabulary or self.tokenizer.size, c.dim)
+            self.head = nn.Linear(c.dim, c.vocabulary or self.tokenizer.size, bias=False)  # no norm in front of it
+            self.register_buffer("names", self.tokenizer.encode(c.texts) if c.texts else None, persistent=False)
+        self.initialise()
+        for i, layer in enumerate(self.layers):  # what a switch leaves without use is not trained: DDP must know
+            for name, tower in layer.sets.items():
+                now, then = (bool(names) if c.shared else name in names for names in (c.working(i), c.working(i + 1)))
+                tower.requires_grad_(now and then)
+                for part in (tower.norm1, tower.qkv, tower.k_norm):
+                    part.requires_grad_(now)
+        self.boi.requires_grad_(c.condition)
+
+    @torch.no_grad()
+    def initialise(self):
+        """Released initialisation: Xavier for linear layers, torch's own for convolutions; nothing is zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.boi)
+
+    def cut(self, latents):
+        """Latents (B, z, h', w') as square blocks (B, T, z, p, p) in raster order."""
+        n, p = self.config.across, self.config.block
+        return latents.unflatten(3, (n, p)).unflatten(2, (n, p)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+    def join(self, blocks):
+        """The inverse of cut."""
+        n = self.config.across
+        return blocks.unflatten(1, (n, n)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+    def noised(self, x, eps, t):
+        """x_t of blocks x (B, T, z, p, p) at steps t (B, T), Sec. 2.2."""
+        abar = self.alphas_bar[t][..., None, None, None]
+        return abar.sqrt() * x + (1 - abar).sqrt() * eps
+
+    def image_layout(self, kind, first, blocks):
+        """Layout of the rows of image blocks first .. first + blocks."""
+        n = self.config.tokens
+        place = torch.arange(first, first + blocks, device=self.boi.device).repeat_interleave(n)
+        shown = torch.full((1, len(place)), kind == CLEAN or not self.config.clean_blocks, device=place.device)
+        return Layout(torch.full_like(place, kind), place, shown, self.rotary[:, first * n:(first + blocks) * n])
+
+    def text_layout(self, tokens, closed=False):
+        """Layout of the rows of tokens (B, L) = [BOS text BOI], closed: with EOI, which stands behind the image. Their
+        positions are the diagonal, where the released form of RoPE is a rotation."""
+        at = torch.arange(tokens.shape[1] - closed, device=tokens.device)
+        place, shown = at - len(at), at < self.tokenizer.lengths(tokens)[:, None]
+        if closed:
+            at, place = F.pad(at, (0, 1), value=self.config.side), F.pad(place, (0, 1), value=self.config.ar_length)
+            shown = F.pad(shown, (0, 1), value=True)
+        return Layout(torch.full_like(at, TEXT), place, shown, rotary_grid(at, at, self.config.side))
+
+    def towers(self, rows, layouts, z):
+        """All rows through all layers under a mask, as in training.
+
+        rows: tower -> (B, m, H); layouts: tower -> Layout. The noise tower's rows come as the block before theirs, and
+        get their noisy latents z (B, m, H) between the two halves. Returns the rows behind the last layer that are
+        needed there, and the condition (B, m, H), None if it is off.
+        """
+        c, rows, condition, attends = self.config, dict(rows), None, {}
+        for i, layer in enumerate(self.layers):
+            if i == c.ar_depth:
+                condition = rows["noise"] if c.condition else None                         # Eq. 3
+                rows["noise"] = z if condition is None else condition + z                  # Eq. 4
+            rows = {name: x for name, x in rows.items() if name in c.working(i) or name == "noise"}
+            now = tuple(name for name in rows if name in c.working(i))
+            going_on = tuple(name for name in now if name in c.working(i + 1))
+            if not going_on:
+                continue
+            alone = c.mlp_denoising and i >= c.ar_depth
+            if (now, going_on, alone) not in attends:  # three at most: AR layers, diffusion layers, the last layer
+                queries, keys = (together([layouts[name] for name in names]) for names in (going_on, now))
+                attends[now, going_on, alone] = attention(queries, keys, alone, flex=z.is_cuda)
+            rows |= layer({name: rows[name] for name in now}, {name: layouts[name].rotary for name in now},
+                          attends[now, going_on, alone], going_on)                         # Eq. 2, 5
+        return {name: x for name, x in rows.items() if name in c.working(c.depth)}, condition
+
+    def forward(self, latents, labels, *, t=None, eps=None, drop=None, text=None):
+        """Training loss, Eq. 6, for latents (B, z, h', w') and labels (B,).
+
+        Drawn unless given: t (B, T) steps 0 .. 999, one for each block, eps (B, T, z, p, p), drop (B,) bool: who loses
+        the text. text (B, L): tokens [BOS text BOI] instead of the classes' names. Raises UserError without either.
+        """
+        c, B, T = self.config, len(latents), self.config.ar_length
+        x = self.cut(latents)                                                              # (B, T, z, p, p)
+        t = torch.randint(1000, (B, T), device=x.device) if t is None else t
+        eps = torch.randn_like(x) if eps is None else eps
+        clean_t = t if c.clean_time == "noisy" else torch.zeros_like(t)
+        features, kept = self.down(torch.cat([x, self.noised(x, eps, t)]).flatten(0, 1),
+                                   torch.cat([clean_t, t]).flatten())
+        clean, z = features.unflatten(0, (2, B, T))                                        # (B, T, n, H) each
+        of_clean, of_noisy = zip(*(f.chunk(2) for f in kept))
+
+        rows, layouts = {}, {}
+        if c.text:
+            text = self.prompts(labels, text)
+            if drop is None:
+                drop = torch.rand(B, device=x.device) < c.text_drop * self.training
+            text = torch.where(drop[:, None], self.empty(text), text)                      # (B, L)
+            tokens = F.pad(text, (0, 1), value=self.tokenizer.eoi)                         # (B, L + 1)
+            rows["text"], layouts["text"] = self.embed(tokens), self.text_layout(tokens, closed=True)
+        if c.seen:
+            rows["clean"], layouts["clean"] = clean[:, :c.seen].flatten(1, 2), self.image_layout(CLEAN, 0, c.seen)
+        rows["noise"] = torch.cat([self.boi.expand(B, -1, -1), clean[:, :-1].flatten(1, 2)], 1)  # Eq. 1
+        layouts["noise"] = self.image_layout(NOISE, 0, T)
+        rows, condition = self.towers(rows, layouts, z.flatten(1, 2))
+
+        def latent(rows, t, kept):
+            m = rows.shape[1] // c.tokens                                                  # blocks; T, or T - 1
+            kept = [f.unflatten(0, (B, T))[:, :m].flatten(0, 1) for f in kept]
+            return self.up(rows.unflatten(1, (m, -1)).flatten(0, 1), t[:, :m].flatten(), kept).unflatten(0, (B, m))
+
+        out = {"image": F.mse_loss(latent(rows["noise"], t, of_noisy), x if c.target == "clean" else eps)}
+        loss = c.image_weight * out["image"]                                               # Eq. 6, term by term
+        if c.text:
+            # Row k tells token k + 1, up to BOI, and EOI tells EOS. A text that was dropped tells nothing.
+            unknown = torch.arange(1, text.shape[1], device=x.device) >= self.tokenizer.lengths(text)[:, None]
+            targets = text[:, 1:].masked_fill(unknown | drop[:, None], -100)
+            targets = F.pad(targets, (0, 1), value=self.tokenizer.eos)
+            logits = self.head(torch.cat([rows["text"][:, :-2], rows["text"][:, -1:]], 1)).float()
+            out["text"] = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            loss = loss + c.text_weight * out["text"]
+        if c.hidden_weight and condition is not None:
+            # As released, the upsampler also gets the U-Net's features of the very block that is the target.
+            guess = latent(condition if c.hidden == "condition" else condition + z.flatten(1, 2), t, of_clean)
+            out["hidden"] = F.mse_loss(guess, x)
+            loss = loss + c.hidden_weight * out["hidden"]
+        if c.clean_weight:
+            guess = latent(rows["clean"], clean_t, of_clean)[:, :T - 1]
+            out["clean"] = F.mse_loss(guess, x[:, 1:] if c.clean_target == "next" else x[:, :-1])
+            loss = loss + c.clean_weight * out["clean"]
+        return {"loss": loss, **out}
+
+    def prompts(self, labels, text=None):
+        """Tokens (B, L) of these texts, or of the classes' names."""
+        if text is None and self.names is None:
+            raise UserError("this model knows no names of classes: give it texts")
+        return self.names[labels] if text is None else text
+
+    def empty(self, text):
+        """The empty text, as long as these tokens (B, L)."""
+        row = self.tokenizer.encode([""]).to(text.device)
+        return F.pad(row, (0, text.shape[1] - row.shape[1]), value=self.tokenizer.eos).expand_as(text)
+
+    @torch.no_grad()
+    def sample(self, labels, noise, *, cfg=None, interval=(0.0, 1.0), steps=None, sampler=None, clip=0.0, text=None,
+               on_step=None):
+        """Scaled latents (B, z, h', w') for labels (B,), block by block; text and clean blocks go through once each.
+
+        What is not given comes from the config. cfg: guidance scale against the empty text, a number or a pair that
+        runs linearly over a block's steps; 1 throughout is off and costs half, 0 is unconditional. It acts while
+        t / 1000 is in `interval`. clip: see solve. text (B, L): tokens [BOS text BOI] instead of the classes' names.
+        on_step(block, step, latents): the blocks so far with the current estimate of this one, zeros where nothing is
+        yet. Raises UserError for settings that the model cannot follow.
+        """
+        c, B, device = self.config, len(labels), labels.device
+        text, scales, sampler = self.settings(labels, cfg, interval, steps, sampler, text)
+        guided = any(g != 1 for g in scales)
+        if guided:
+            text = torch.cat([text, self.empty(text)])
+        cache = self.remember(B * (1 + guided), text)
+        last = schedule(sampler, len(scales))[0][-1] if c.clean_time == "noisy" else 0
+        blocks = torch.zeros(B, c.ar_length, c.vae.channels, c.block, c.block, device=device)
+        before = self.boi.expand(B * (1 + guided), -1, -1)
+        for j in range(c.ar_length):
+            if j:
+                before = self.down(blocks[:, j - 1], torch.full((1,), last, device=device))[0]
+                before = before.repeat(1 + guided, 1, 1)
+            condition = self.prepare(j, before, cache)
+
+            def network(x, i, t, j=j, condition=condition):
+                out = self.denoise(x, t, j, condition, cache)
+                if not guided:
+                    return out
+                out, null = out.chunk(2)
+                return null + scales[i] * (out - null)
+
+            def watch(i, x_0, j=j):
+                blocks[:, j] = x_0
+                on_step(j, i, self.join(blocks))
+            start = noise.normal((c.vae.channels, c.block, c.block))
+            blocks[:, j] = solve(network, start, sampler, len(scales), c.target, clip, on_step and watch)
+        return self.join(blocks)
+
+    def settings(self, labels, cfg, interval, steps, sampler, text):
+        """Text tokens or None, the guidance scale of each step, and the sampler."""
+        c = self.config
+        cfg, steps, sampler = (getattr(c, name) if value is None else value for name, value in
+                               (("cfg", cfg), ("steps", steps), ("sampler", sampler)))
+        if not 1 <= steps <= 1000 or sampler not in ("ddim", "dpm"):
+            raise UserError(f"{sampler}, {steps} steps: there are ddim and dpm, with 1 to 1000 steps")
+        acts = [interval[0] <= t / 1000 <= interval[1] for t in schedule(sampler, steps)[0]]
+        scales = [g if act else 1.0 for g, act in zip(common.guidance_scales(cfg, steps), acts, strict=True)]
+        if not c.text and (text is not None or any(g != 1 for g in scales)):
+            raise UserError("this model has no text tower: it takes no prompt and no guidance")
+        if not c.text_drop and any(g != 1 for g in scales):
+            raise UserError("guidance needs a model that was trained with text_drop: this one never saw an empty text")
+        return self.prompts(labels, text) if c.text else None, scales, sampler
+
+    def remember(self, B, text):
+        """A Cache for B images, with the keys and values of the text (B, L) or None in all layers that look back."""
+        c, L, device = self.config, 0 if text is None else text.shape[1], self.boi.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        depth = c.ar_depth if c.mlp_denoising else c.depth
+        store = torch.zeros(depth, 2, B, c.dim // HEAD, L + c.ar_length * c.tokens, HEAD, dtype=dtype, device=device)
+        if text is None:
+            return Cache(store, 0, None)
+        rows, layout = self.embed(text), self.text_layout(text)
+        for i in range(depth):
+            rows = self.layers[i].cached("text", rows, layout.rotary, store[i], causal=True, going_on=i < depth - 1)
+        hides = F.pad(layout.shown, (0, store.shape[4] - L), value=True)[:, None, None]
+        return Cache(store, L, None if hides.all() else hides)
+
+    def prepare(self, j, before, cache):
+        """The AR pass for block j: the condition (B, n, H) of Eq. 3. before (B, n, H) is block j - 1, clean, or BOI.
+
+        Keys and values of block j - 1 stay in the cache; those of the noisy block j stand in the place of block j until
+        the clean ones come, or for good where there are no clean blocks.
+        """
+        c, n, noise, clean = self.config, self.config.tokens, before, before               # Eq. 1
+        past, here = (self.rotary[:, max(k, 0) * n:(k + 1) * n] for k in (j - 1, j))
+        for i, store in enumerate(cache.store):
+            layer = self.layers[i]
+            if j and c.clean_blocks:
+                clean = layer.cached("clean", clean, past, store, cache.begin + (j - 1) * n, cache.mask,
+                                     going_on=i < len(cache.store) - 1)
+            if i < c.ar_depth and c.condition:
+                noise = layer.cached("noise", noise, here, store, cache.begin + j * n, cache.mask)  # Eq. 2
+        return noise if c.condition else torch.zeros_like(noise)
+
+    def denoise(self, x, t, j, condition, cache):
+        """The network's output for block j at step t: x (B, z, p, p) under the conditions (B, n, H), or 2 B of them."""
+        c, n, t = self.config, self.config.tokens, torch.full((1,), t, device=x.device)
+        z, kept = self.down(x, t)
+        times = len(condition) // len(x)
+        rows = condition + z.repeat(times, 1, 1)                                           # Eq. 4
+        for i in range(c.ar_depth, c.depth):                                               # Eq. 5
+            history = () if c.mlp_denoising else (cache.store[i], cache.begin + j * n, cache.mask)
+            rows = self.layers[i].cached("noise", rows, self.rotary[:, j * n:(j + 1) * n], *history)
+        return self.up(rows, t, [f.repeat(times, 1, 1, 1) for f in kept])
+
+    @torch.no_grad()
+    def sample_plainly(self, labels, noise, *, cfg=None, steps=None, sampler=None, clip=0.0, text=None):
+        """The same latents as `sample`, as plainly as possible: at every step all rows so far go through all layers."""
+        c, B = self.config, len(labels)
+        text, scales, sampler = self.settings(labels, cfg, (0.0, 1.0), steps, sampler, text)
+        last = schedule(sampler, len(scales))[0][-1] if c.clean_time == "noisy" else 0
+        images, starts, noisy = [], [self.boi.expand(B, -1, -1)], []                        # of each block
+
+        def network(x, t, text):
+            j, t = len(images), torch.full((1,), t, device=x.device)
+            first = j if c.clean_blocks else 0  # without clean blocks history is seen through noise rows
+            z, kept = self.down(x, t)
+            rows, layouts = {}, {}
+            if text is not None:
+                rows["text"], layouts["text"] = self.embed(text), self.text_layout(text)
+            if c.clean_blocks and j:
+                rows["clean"], layouts["clean"] = torch.cat(starts[1:], 1), self.image_layout(CLEAN, 0, j)
+            rows["noise"] = torch.cat(starts[first:], 1)
+            layouts["noise"] = self.image_layout(NOISE, first, j + 1 - first)
+            noisy[j:] = [z]
+            rows, _ = self.towers(rows, layouts, torch.cat(noisy[first:], 1))
+            return self.up(rows["noise"][:, -c.tokens:], t, kept)
+
+        def guided(x, i, t):
+            out = network(x, t, text)
+            if scales[i] == 1:
+                return out
+            null = network(x, t, self.empty(text))
+            return null + scales[i] * (out - null)
+
+        for _ in range(c.ar_length):
+            start = noise.normal((c.vae.channels, c.block, c.block))
+            images.append(solve(guided, start, sampler, len(scales), c.target, clip))
+            starts.append(self.down(images[-1], torch.full((1,), last, device=start.device))[0])
+        return self.join(torch.stack(images, 1))
+
+    @torch.no_grad()
+    def complete(self, text="", most=64):
+        """The text that the text tower goes on with, greedily, until an image begins or the text ends."""
+        tokens = self.tokenizer.encode([text]).to(self.boi.device)[:, :-1]                  # without BOI
+        for _ in range(most):
+            rows, layout = self.embed(tokens), self.text_layout(tokens)
+            for layer in self.layers:
+                rows = layer.cached("text", rows, layout.rotary, causal=True)
+            token = self.head(rows[:, -1]).argmax(-1)
+            if token.item() in (self.tokenizer.boi, self.tokenizer.eos):
+                break
+            tokens = torch.cat([tokens, token[None]], 1)
+        return self.tokenizer.decode(tokens[0].tolist())
+
+
 # --- Stages: what is trained, in order, and how -----------------------------------------------------------------------
 
 def generate(model, vae, labels, noise, *, nfe=None, steps=None, on_step=None, **options):
-    """Images (B, 3, h, w) in -1 .. 1 and what they cost: steps, and layer evaluations per block as the paper counts.
+    """Images (B, 3, h, w) in -1 .. 1 and what they cost: steps, and layer evaluations per block as the paper counts
+    them (guidance takes twice as many). nfe: the number of steps that fits so many, instead of steps.
 
-    nfe: the number of steps that fits these evaluations, instead of steps. options: see MADFormer.sample.
-    on_step(images): the blocks so far, grey where none is yet; about eight times for each block.
+    options: see MADFormer.sample. on_step(images): the blocks so far, grey where none is yet; about 24 times.
     """
     c = model.config
     steps = c.steps_within(nfe) if nfe else steps or c.steps
+    every = max(c.ar_length * steps // 24, 1)
 
     def watch(j, i, latents):
-        if i % max(steps // 8, 1) == 0 or i == steps - 1:
-            there = torch.arange(c.ar_length, device=latents.device).view(c.across, c.across) <= j
-            side = c.image_size // c.across
-            there = there.repeat_interleave(side, 0).repeat_interleave(side, 1)
-            on_step(torch.where(there, vae.decode(latents).clamp(-1, 1), 0))
+        if (j * steps + i) % every == 0 or (j, i) == (c.ar_length - 1, steps - 1):
+            there = (torch.arange(c.ar_length, device=latents.device) <= j).float().view(1, 1, c.across, c.across)
+            there = F.interpolate(there, (c.image_size, c.image_size))
+            on_step(there * vae.decode(latents).clamp(-1, 1))
     latents = model.sample(labels, noise, steps=steps, on_step=on_step and watch, **options)
     return vae.decode(latents).clamp(-1, 1), {"steps": steps, "nfe_per_block": c.evaluations(steps)}
 
 
-def check(model, vae):
-    """Raises UserError if the model was made for another kind of VAE."""
-    has, needs = (f"{c.channels} channels at f{c.factor}" for c in (vae.config, model.config.vae))
-    if has != needs:
-        raise UserError(f"the VAE has {has}, the model needs {needs}")
-
-
-def reconstructions(vae, first, images, labels, noise):
-    """Images and what the VAE makes of them, in turn."""
-    moments = vae.encode(images)                                                            # (B, 2z, h', w')
-    latents = vae.sample(moments, noise.normal(moments[0].chunk(2)[0].shape))
-    return torch.stack([images, vae.decode(latents)], 1).flatten(0, 1)
-
-
+check = common.same_kind_of_vae
 FFHQ, IMAGENET = 70_000, 1_281_167  # training images: the paper counts steps
 WSD = Recipe(lr=3e-4, batch=64, epochs=210_000 * 64 / FFHQ, warmup=0.01, decay=0.15, final=1 / 64, exponential=True,
              weight_decay=0.05, clip=1.0)
-VAE = Stage("vae", build=lambda c: common.KLVAE(c.vae),
-            recipes={"tiny": Recipe(lr=3e-3, batch=16, epochs=0.8, warmup=0.03, decay=0.4, betas=(0.9, 0.99),
-                                    weight_decay=0.0, clip=1.0, ema=0.99)},
-            augment=lambda c: common.random_crop, load=common.load_vae,
-            finish=lambda vae, images: vae.calibrate(images), preview=reconstructions)
+VAE = common.vae_stage(lambda c: common.random_crop)
 MAD = Stage("madformer", build=MADFormer, first="vae", codes=lambda vae, moments: vae.sample(moments),
-            recipes={"tiny": dataclasses.replace(WSD, lr=3e-3, batch=32, epochs=2.5, decay=0.4, ema=0.998),
+            recipes={"tiny": dataclasses.replace(WSD, lr=3e-3, batch=32, epochs=2, decay=0.4, ema=0.998),
                      "ffhq": WSD,
                      "imagenet": dataclasses.replace(WSD, batch=256, epochs=250_000 * 256 / IMAGENET)},
             views=lambda c: common.centre_only, carry=lambda name, old, shape: None,
-            decays=lambda name, parameter: True,
+            decays=lambda name, parameter: True, names="texts",
             preview=lambda model, vae, images, labels, noise: generate(model, vae, labels, noise)[0])
 STAGES = [VAE, MAD]
 
@@ -957,9 +961,12 @@ def main():
               f"  {'yes' if c.text else 'no':4s} {count:15,d}  {PUBLISHED.get(name, '-'):>9s}")
     c = PRESETS["tiny"]
     c = dataclasses.replace(c, texts=tuple(f"class {k}" for k in range(c.classes)))
-    latents = torch.randn(2, c.vae.channels, c.latent_size, c.latent_size)
-    print(f"\nlatents {tuple(latents.shape)} and labels (2,) through MADFormer.forward")
-    loss = common.walk(MADFormer(c), latents, torch.tensor([0, 1]))
+    model, latents = MADFormer(c), torch.randn(2, c.vae.channels, c.latent_size, c.latent_size)
+    blocks = model.cut(latents)
+    print(f"\nlatents {tuple(latents.shape)} as blocks {tuple(blocks.shape)}, all in one through Downsampler.forward")
+    common.walk(model.down, blocks.flatten(0, 1), torch.arange(2 * c.ar_length), depth=5)
+    print("\nlatents and labels (2,) through MADFormer.forward")
+    loss = common.walk(model, latents, torch.tensor([0, 1]))
     print("  loss:", {k: round(v.item(), 3) for k, v in loss.items()})
     print("  layer evaluations per block:", {steps: c.evaluations(steps) for steps in (5, 10, 25)})
 

@@ -36,7 +36,7 @@ MODELS = {"transdiff": transdiff, "dar": dar, "madformer": madformer}
 FRAMES = 24  # of an animation, the result not counted
 SAMPLER = {"transdiff": ("cfg", "interval", "steps", "solver", "drift_scale", "noise_scale", "rounds", "features"),
            "dar": ("cfg", "interval", "steps", "solver", "preview", "temperature", "top_k", "top_p", "tokens"),
-           "madformer": ("cfg", "interval", "steps", "nfe", "sampler", "clip")}
+           "madformer": ("cfg", "interval", "steps", "nfe", "sampler")}
 OTHERS = {"transdiff": ("vae", "fuse"), "dar": ("tokenizer", "stream", "prefix_image", "prefix_tokens", "reconstruct"),
           "madformer": ("vae", "prompt")}
 SOLVERS = {"transdiff": ("maruyama", "euler"), "dar": ("adams", "euler")}
@@ -68,7 +68,6 @@ def arguments():
     add("--steps", type=int, help="denoising steps (madformer: of each block)")
     add("--nfe", type=int, help="madformer: as many steps as fit this number of layer evaluations per block")
     add("--sampler", choices=("ddim", "dpm"), help="madformer: DDIM or DPM-Solver++ (2M)")
-    add("--clip", type=float, help="madformer, ddim: clamp estimates of the latent to -CLIP .. CLIP (0: do not)")
     add("--prompt", nargs="+", metavar="TEXT", help="madformer: a row of pictures for each; instead of"
                                                        " --classes")
     add("--solver", help="transdiff: maruyama (stochastic, Eq. 18) or euler; dar: adams or euler")
@@ -233,7 +232,8 @@ def main():
         classes, names = list(range(len(args.prompt))), [text[:24] for text in args.prompt]
         if not config.text:
             raise UserError("--prompt: this model has no text tower")
-        if strange := [text for text in args.prompt if text.strip().lower() not in {t.lower() for t in config.texts}]:
+        if rank == 0 and (strange := [text for text in args.prompt if text.strip().lower() not in {t.lower() for t in
+                                                                                                config.texts}]):
             print(f"note: not a text of the training data: {', '.join(strange)}")
     elif args.classes:
         classes = class_ids(args.classes, names, config.classes)
@@ -277,7 +277,7 @@ def main():
             given = torch.tensor([prefixes[i // each] for i in index], device=device)[:, None]
             options["prefix"] = torch.where(torch.arange(len(codes), device=device) < given, codes, -1)
         if args.prompt:
-            options["text"] = model.text.encode([args.prompt[int(labels[i])] for i in index]).to(device)
+            options["text"] = model.tokenizer.encode([args.prompt[int(labels[i])] for i in index]).to(device)
 
         def on_step(images, seen=seen, index=index):
             seen.append(common.to_uint8(images).cpu())

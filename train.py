@@ -119,8 +119,7 @@ def main():
         first, first_path = frozen(args, stage, device)
         try:
             known = {stage.first: first.config} if first else {}  # e.g. vae=the config of the VAE that there is
-            if hasattr(preset, "texts"):  # madformer reads a class's name
-                known["texts"] = tuple(data.classes)
+            known |= {stage.names: tuple(data.classes)} if stage.names else {}
             config = dataclasses.replace(preset, classes=len(data.classes), **known,
                                          image_size=args.image_size or preset.image_size)
             config = common.override(stage.config(config), args.set)

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import Recipe, Stage, UserError, VAEConfig
+from common import TINY_VAE, Recipe, Stage, UserError, VAEConfig
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,6 @@ class Config:
         return self.latent_size // math.isqrt(self.block) if self.mrar else 1
 
 
-TINY_VAE = VAEConfig(channels=16, width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8, scale=0, kl_weight=1e-3)
 BASE = Config()
 PRESETS = {
     "tiny": Config(image_size=32, classes=10, dim=128, heads=4, ar_depth=2, depth=4, class_tokens=16, features=64,
@@ -520,18 +519,7 @@ def generate(model, vae, labels, noise, *, on_step=None, **options):
     return images, {"feature_similarity": diversity(model.last_features).mean().item()}
 
 
-def check(model, vae):
-    """Raises UserError if the model was made for another kind of VAE."""
-    has, needs = (f"{c.channels} channels at f{c.factor}" for c in (vae.config, model.config.vae))
-    if has != needs:
-        raise UserError(f"the VAE has {has}, the model needs {needs}")
-
-
-def reconstructions(vae, first, images, labels, noise):
-    """Images and what the VAE makes of them, in turn."""
-    moments = vae.encode(images)                                                            # (B, 2z, h, w)
-    latents = vae.sample(moments, noise.normal(moments[0].chunk(2)[0].shape))
-    return torch.stack([images, vae.decode(latents)], 1).flatten(0, 1)
+check = common.same_kind_of_vae
 
 
 def decays(name, parameter):
@@ -554,11 +542,7 @@ def carry(name, old, shape):
     return None
 
 
-VAE = Stage("vae", build=lambda c: common.KLVAE(c.vae),
-            recipes={"tiny": Recipe(lr=3e-3, batch=16, epochs=0.8, warmup=0.03, decay=0.4, betas=(0.9, 0.99),
-                                    weight_decay=0.0, clip=1.0, ema=0.99)},
-            augment=lambda c: common.random_crop_mirror if c.mirror else common.random_crop,
-            load=common.load_vae, finish=lambda vae, images: vae.calibrate(images), preview=reconstructions)
+VAE = common.vae_stage(lambda c: common.random_crop_mirror if c.mirror else common.random_crop)
 AR1 = Stage("1step", build=TransDiff, first="vae", codes=lambda vae, moments: vae.sample(moments),
             recipes={"tiny": Recipe(lr=2e-3, batch=32, epochs=1, warmup=0.03, decay=0.5, clip=1.0, ema=0.999),
                      **dict.fromkeys("blh", Recipe(lr=8e-4, batch=2048, epochs=800, warmup=100 / 800)),

@@ -124,12 +124,12 @@ def repeating(model):
             kept["rows"] = x
         return cached(name, x, *args, **kwargs)
 
-    def again(x, t, j, condition, store, L, mask):
-        rows = kept.get("rows") if j else None
+    def again(x, t, j, condition, cache):
+        rows = kept.get("rows") if j and not c.mlp_denoising else None
         for i in range(c.ar_depth, c.depth) if rows is not None else ():
-            rows = model.layers[i].cached("clean", rows, model.rotary[:, (j - 1) * n:j * n], store[i], L + (j - 1) * n,
-                                          mask)
-        return denoise(x, t, j, condition, store, L, mask)
+            rows = model.layers[i].cached("clean", rows, model.rotary[:, (j - 1) * n:j * n], cache.store[i],
+                                          cache.begin + (j - 1) * n, cache.mask)
+        return denoise(x, t, j, condition, cache)
 
     def sample(*args, **kwargs):
         first.cached, model.denoise = noticed, again

@@ -12,7 +12,7 @@ import torch
 import common
 import madformer
 from common import Noise, UserError
-from madformer import CLEAN, NOISE, TEXT, Config, MADFormer, Rows, UNetConfig
+from madformer import CLEAN, NOISE, TEXT, Config, Layout, MADFormer, UNetConfig
 
 SMALL = Config(image_size=16, classes=3, texts=("ox", "a horse", "Sheep"), text=True, text_drop=0.2, dim=128, mlp=96,
                depth=3, diffusion_depth=2, ar_length=4, target="clean", steps=3,
@@ -80,10 +80,11 @@ def statement(q, k, clean_blocks, alone):
 def layout(model, tokens, clean):
     parts = []
     if tokens is not None:
-        parts.append(model.text_rows(tokens, closing=True)[1])
+        tokens = torch.nn.functional.pad(tokens, (0, 1), value=model.tokenizer.eoi)
+        parts.append(model.text_layout(tokens, closed=True))
     if clean:
-        parts.append(model.image_rows(CLEAN, 0, model.config.seen))
-    return madformer.together([*parts, model.image_rows(NOISE, 0, model.config.ar_length)])
+        parts.append(model.image_layout(CLEAN, 0, model.config.seen))
+    return madformer.together([*parts, model.image_layout(NOISE, 0, model.config.ar_length)])
 
 
 @pytest.mark.parametrize("text,clean_blocks,alone", list(itertools.product((False, True), repeat=3)))
@@ -109,7 +110,7 @@ def test_flex_attention_is_masked_attention(text, clean_blocks, alone):
     rows = layout(model, model.names if text else None, clean_blocks)
     q, k, v = torch.randn(3, 3, 2, len(rows.place), 64)
     late = torch.arange(len(rows.place)) >= len(rows.place) - model.config.ar_length * model.config.tokens
-    some = Rows(rows.kind[late], rows.place[late], rows.shown[:, late], None)  # the last layer asks for some rows only
+    some = Layout(rows.kind[late], rows.place[late], rows.shown[:, late], None)  # the last layer asks for some rows
     for asked, part in ((rows, q), (some, q[:, :, late])):
         dense, flex = (madformer.attention(asked, rows, alone, flex)(part, k, v) for flex in (False, True))
         torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-5)
@@ -214,13 +215,16 @@ def test_what_is_clean_runs_once():
 
 
 def test_guidance_means_what_it_says():
-    """1 is off, 0 is the empty text, anything else lies on the line between the two predictions."""
+    """1 is off, 0 is the empty text, anything else lies on the line through the two predictions."""
     model, labels = model_of(), torch.tensor([0, 1])
     noise = lambda: Noise.of(0, range(2))  # noqa: E731
-    empty = model.empty.expand(2, -1)
+    empty = model.tokenizer.encode(["", ""])
     assert_same(model.sample(labels, noise(), cfg=0.0), model.sample(labels, noise(), cfg=1.0, text=empty))
     assert_same(model.sample(labels, noise(), cfg=3.0, interval=(2.0, 3.0)), model.sample(labels, noise(), cfg=1.0))
     assert (model.sample(labels, noise(), cfg=3.0) - model.sample(labels, noise())).abs().max() > 1e-3
+    one = model_of(ar_length=1)  # of a single step DDIM returns the prediction
+    null, cond, far = (one.sample(labels, noise(), cfg=g, steps=1) for g in (0.0, 1.0, 3.0))
+    assert_same(far, null + 3 * (cond - null))
     with pytest.raises(UserError, match="trained with text_drop"):
         model_of(text_drop=0.0).sample(labels, noise(), cfg=2.0)
 
@@ -244,7 +248,7 @@ def test_blocks_are_drawn_in_order_and_do_not_look_ahead():
         return model.cut(model.sample(labels, types.SimpleNamespace(normal=lambda shape: next(stream)), **how))
     a, b = sample(draws[:4]), sample([*draws[:3], draws[4]])
     assert torch.equal(a[:, :3], b[:, :3]) and (a[:, 3] - b[:, 3]).abs().max() > 1e-3
-    other = sample(draws[:4], text=model.text.encode(["a cow"]))
+    other = sample(draws[:4], text=model.tokenizer.encode(["a cow"]))
     assert ((a - other).abs().amax((0, 2, 3, 4)) > 1e-6).all()
 
 
@@ -257,6 +261,38 @@ def test_a_film_shows_finished_blocks_and_grey():
     assert torch.equal(seen[-1], images)
     assert (seen[0][:, :, half:] == 0).all() and (seen[0][:, :, :half, half:] == 0).all()
     assert seen[0][:, :, :half, :half].abs().max() > 0
+
+
+@torch.no_grad()
+def test_the_stream_stays_in_float32_under_autocast():
+    """As released: only products are bfloat16; in training and in sampling."""
+    model, types_seen = model_of(depth=2, diffusion_depth=1), set()
+    for layer in model.layers:
+        def cached(name, x, *args, cached=layer.cached, **kwargs):
+            out = cached(name, x, *args, **kwargs)
+            types_seen.update(part.dtype for part in (x, out) if part is not None)
+            return out
+        layer.cached = cached
+        layer.register_forward_hook(lambda module, args, out: types_seen.update(
+            part.dtype for part in (*args[0].values(), *out.values())))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(latents_of(model, 2), torch.tensor([0, 1]))
+        model.sample(torch.tensor([0, 1]), Noise.of(0, range(2)), steps=1)
+    assert types_seen == {torch.float32} and {value.dtype for value in loss.values()} == {torch.float32}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_training_on_cuda_compiles_to_one_graph(monkeypatch, text, batch):
+    """The branch with FlexAttention, traced on the CPU: no break, the same loss."""
+    model = model_of(text=text, depth=2, diffusion_depth=1)
+    x, labels = latents_of(model, batch), torch.arange(batch)
+    how = dict(t=torch.full((batch, 4), 500), eps=torch.ones(model.cut(x).shape), drop=torch.zeros(batch, dtype=bool))
+    plain, dense = model(x, labels, **how)["loss"], madformer.attention
+    monkeypatch.setattr(madformer, "attention", lambda queries, keys, alone, flex: dense(queries, keys, alone, True))
+    traced = torch.compile(model, backend="eager", fullgraph=True)(x, labels, **how)["loss"]
+    assert_same(traced, plain, 1e-5)
 
 
 # --- Costs ------------------------------------------------------------------------------------------------------------
@@ -346,24 +382,30 @@ def test_the_text_tower_learns_to_read():
 
 
 def test_the_text_loss_is_the_next_tokens():
-    """By hand: logits of every prefix, one text at a time, without padding; EOI is followed by EOS."""
-    model = model_of(depth=1, diffusion_depth=1)
-    x, t = latents_of(model, 3), torch.full((3, 4), 10)
-    eps = torch.zeros(3, 4, *model.cut(x).shape[2:])
-    labels, keep = torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.bool)
-    loss = model(x, labels, t=t, eps=eps, drop=keep)["text"]
-    single = [model(x[k:k + 1], labels[k:k + 1], t=t[:1], eps=eps[:1], drop=keep[:1],
-                    text=model.text.encode([SMALL.texts[k]]))["text"] for k in range(3)]
-    lengths = torch.tensor([len(text) + 2.0 for text in SMALL.texts])  # the text and BOI, and EOS
-    assert_same(loss, (torch.stack(single) * lengths).sum() / lengths.sum())
-    rows, about = model.text_rows(model.text.encode(["ox"]))
-    h = model.layers[0].cached("text", rows, about.rotary, causal=True)
-    parts = torch.nn.functional.cross_entropy(model.head(h[0, :-1]), model.text.encode(["ox"])[0, 1:], reduction="sum")
-    assert single[0] * 4 > parts  # and the end token's part
-    dropped = model(x, labels, t=t, eps=eps, drop=torch.tensor([True, False, True]))
-    emptied = model(x[1:2], labels[1:2], t=t[:1], eps=eps[:1], drop=keep[:1])
-    ends = (dropped["text"] * (lengths[1] + 2) - emptied["text"] * lengths[1]) / 2
-    assert 0 < ends < 20  # of the two that lost their text only the end counts
+    """By hand: every token from those before it, text by text, without padding; EOS from EOI and the whole image. Of a
+    text that was dropped only the end counts."""
+    model, keep = model_of(text_drop=0.0), torch.zeros(3, dtype=torch.bool)
+    x, labels = latents_of(model, 3), torch.tensor([0, 1, 2])
+    how = dict(t=torch.full((3, 4), 10), eps=torch.zeros(model.cut(x).shape))
+
+    def parts(text, k):  # summed over the text, and the end's
+        tokens, seen = model.tokenizer.encode([text]), []
+        rows, layout = model.embed(tokens), model.text_layout(tokens)
+        for layer in model.layers:
+            rows = layer.cached("text", rows, layout.rotary, causal=True)
+        logits = model.head(rows[0, :-1])
+        head = model.head.register_forward_hook(lambda module, args, out: seen.append(out[0, -1]))
+        model(x[k:k + 1], labels[k:k + 1], text=tokens, t=how["t"][:1], eps=how["eps"][:1])
+        head.remove()
+        end = torch.nn.functional.cross_entropy(seen[0], torch.tensor(model.tokenizer.eos))
+        return torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"), end
+
+    known = [parts(text, k) for k, text in enumerate(SMALL.texts)]
+    count = sum(len(text) + 1 for text in SMALL.texts)
+    assert_same(model(x, labels, drop=keep, **how)["text"], sum(a + b for a, b in known) / (count + 3), 1e-5)
+    (_, first), (words, end), (_, last) = parts("", 0), known[1], parts("", 2)
+    dropped = model(x, labels, drop=torch.tensor([True, False, True]), **how)["text"]
+    assert_same(dropped, (first + words + end + last) / (len(SMALL.texts[1]) + 1 + 3), 1e-5)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -392,8 +434,8 @@ def test_the_loss_draws_what_the_paper_says(monkeypatch):
     noised = model.noised
     model.noised = lambda x, eps, t: (seen.append((t, eps)), noised(x, eps, t))[1]
     drops = []
-    monkeypatch.setattr(model.text, "lengths", lambda tokens, f=model.text.lengths: (
-        drops.append((tokens[:, 1] == model.text.boi)), f(tokens))[1])
+    monkeypatch.setattr(model.tokenizer, "lengths", lambda tokens, f=model.tokenizer.lengths: (
+        drops.append((tokens[:, 1] == model.tokenizer.boi)), f(tokens))[1])
     for _ in range(20):
         model(latents_of(model, 32), torch.zeros(32, dtype=torch.long))
     t, eps = (torch.cat(parts).float() for parts in zip(*seen))
@@ -420,6 +462,9 @@ def test_warmup_stable_decay():
     (["ar_length=64"], "does not divide"), (["dim=100"], "multiple of 64"), (["target=velocity"], "clean, noise"),
     (["unet.channels=8,15"], "groups"), (["unet.blocks=1"], "entry for each level"),
     (["clean_blocks=0", "clean_weight=1"], "clean-tower"), (["steps=1001"], "1 to 1000"), (["texts=a,b"], "2 texts"),
+    (["cfg=2", "text_drop=0"], "needs text and text_drop"), (["unet.groups=0"], "1 or more"),
+    (["unet.channels=", "unet.blocks=", "unet.attention="], "entry for each level"), (["image_size=0"], "does not div"),
+    (["unet.attention=2,2"], "attention is 0 or 1"), (["unet.channels=8,20", "unet.heads=3"], "3 heads"),
     (["nothing=1"], "no such field")])
 def test_impossible_configurations_are_refused(changes, words):
     with pytest.raises(UserError, match=words):

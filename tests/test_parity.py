@@ -493,7 +493,7 @@ def madformer_of(f, state, flags=(), diff_depth=None, **overrides):
     return model
 
 
-def to_blocks(x, channels=4):
+def to_blocks(x):
     """The released layout (..., pixels, channels) of a block as (..., channels, p, p)."""
     return x.transpose(-1, -2).unflatten(-1, (math.isqrt(x.shape[-2]),) * 2)
 
@@ -503,7 +503,7 @@ def from_blocks(x):
 
 
 def modes_of(name):
-    """(mode, its switches, depth, state, note) of a fixture; the weights stand in another file."""
+    """(mode, its switches and depth) of a fixture."""
     f = Fixture(name)
     modes = {"default": {"flags": {}}} if name == "madformer_sample" else {}
     return [(mode, how) for mode, how in {**modes, **f.meta["modes"]}.items()]
@@ -634,7 +634,7 @@ def test_madformer_masks():
                                ("mlp_no_clean", False, True)):
         model = madformer_of(f, f.state(), {"clear_clean": not clean})
         T, n = model.config.ar_length, model.config.tokens
-        parts = [model.image_rows(madformer.CLEAN, 0, T)] * clean + [model.image_rows(madformer.NOISE, 0, T)]
+        parts = [model.image_layout(madformer.CLEAN, 0, T)] * clean + [model.image_layout(madformer.NOISE, 0, T)]
         rows = madformer.together(parts)
         i = torch.arange(len(rows.place))
         mask = madformer.rule(rows, rows, alone)(torch.zeros(1, 1, dtype=torch.long), None, i[:, None], i)
@@ -647,15 +647,15 @@ def test_madformer_rotary():
     f = Fixture("madformer")
     side = f["out/rope_cos_table"].shape[0]
     rows, columns = f["in/rope_pos"]
-    angles = madformer.rotary(rows, columns, side)
+    angles = madformer.rotary_grid(rows, columns, side)
     close(madformer.rotate(f["in/rope_q"], angles), f["out/rope_q"])
     close(madformer.rotate(f["in/rope_k"], angles), f["out/rope_k"])
-    line = madformer.rotary(torch.arange(side), torch.arange(side), side)[..., :madformer.HEAD // 2]
+    line = madformer.rotary_grid(torch.arange(side), torch.arange(side), side)[..., :madformer.HEAD // 2]
     close(line[0], f["out/rope_cos_table"])
     close(line[1], f["out/rope_sin_table"])
     model = madformer_of(f, f.state())
     r, c = f["out/position_ids"]
-    close(model.rotary, madformer.rotary(r, c, f.config["tokens_per_side"]))
+    close(model.rotary, madformer.rotary_grid(r, c, f.config["tokens_per_side"]))
 
 
 @pytest.mark.parametrize("mode,how", modes_of("madformer_sample"), ids=lambda x: x if isinstance(x, str) else "")
@@ -668,11 +668,11 @@ def test_madformer_sample(mode, how, way):
         if sampler.endswith(("_timesteps", "_pred", "_x")):
             continue
         model = madformer_of(f, state_of(f, mode), how["flags"], how.get("diff_depth"), steps=f.meta["steps"],
-                             target="clean" if sampler.endswith("_x0") else "noise",
-                             sampler=sampler.split("_")[0], clip=1.0 if sampler == "ddim" else 0.0)
+                             target="clean" if sampler.endswith("_x0") else "noise", sampler=sampler.split("_")[0])
         noise = Replay(*to_blocks(f["in/noise"]).unbind(1))
         labels = torch.zeros(len(f["in/noise"]), dtype=torch.long)
-        latents = (model.sample if way == "cached" else model.sample_plainly)(labels, noise)
+        clip = 1.0 if sampler == "ddim" else 0.0
+        latents = (model.sample if way == "cached" else model.sample_plainly)(labels, noise, clip=clip)
         close(from_blocks(model.cut(latents)), f[key], 1e-4)
 
 
@@ -745,7 +745,8 @@ def test_unet_blocks():
     for k, feature in enumerate(kept):
         close(feature, f[f"out/down_res_{k}"])
     close(down.levels[0].resnets[0](f["out/down_res_0"], f["out/temb_down"]), f["out/resnet0"])
-    close(down.levels[1].attentions[0](f["out/down_res_4"]), f["out/attn0"])
+    first = 2 + c["unet_num_layers_per_block"][0]  # conv_in, the first level's blocks, its resampling
+    close(down.levels[1].attentions[0](f[f"out/down_res_{first}"]), f["out/attn0"])
     stages = []
     for level in up.levels:
         def watched(j, x, e, block=level.block):
