@@ -302,9 +302,12 @@ class Downsampler(nn.Module):
         u, c = config.unet, config.unet.channels
         self.time = TimeEmbedding(u.time_dim)
         self.conv_in = nn.Conv2d(config.vae.channels, c[0], 3, padding=1)
-        self.levels = nn.ModuleList(
-            Level([(c[max(i - 1, 0)] if j == 0 else c[i], c[i]) for j in range(u.blocks[i])], u.attention[i], u,
-                  nn.Conv2d(c[i], c[i], 3, stride=2, padding=1) if i < len(c) - 1 else None) for i in range(len(c)))
+        self.levels, width = nn.ModuleList(), c[0]
+        for i in range(len(c)):
+            half = nn.Conv2d(c[i], c[i], 3, stride=2, padding=1) if i < len(c) - 1 else None
+            pairs = [(width, c[i])] + [(c[i], c[i])] * (u.blocks[i] - 1)
+            self.levels.append(Level(pairs, u.attention[i], u, half))
+            width = c[i]
         self.conv_out = nn.Conv2d(c[-1], config.dim, 3, padding=1)
 
     def forward(self, x, t):                                                               # (M, z, p, p), (M,) or (1,)
@@ -325,7 +328,9 @@ class Upsampler(nn.Module):
     def __init__(self, config):
         super().__init__()
         u, c = config.unet, config.unet.channels
-        kept = [c[0]] + [w for i, w in enumerate(c) for w in [w] * (u.blocks[i] + (i < len(c) - 1))]
+        kept = [c[0]]  # widths of what the downsampler keeps
+        for i in range(len(c)):
+            kept += [c[i]] * (u.blocks[i] + (i < len(c) - 1))
         self.side = config.block // config.factor
         self.time = TimeEmbedding(u.time_dim)
         self.conv_in = nn.Conv2d(config.dim, c[-1], 3, padding=1)
@@ -335,7 +340,8 @@ class Upsampler(nn.Module):
             for _ in range(u.blocks[i] + 1):
                 pairs.append((width + kept.pop(), c[i]))
                 width = c[i]
-            self.levels.append(Level(pairs, u.attention[i], u, nn.Conv2d(width, width, 3, padding=1) if i else None))
+            twice = nn.Conv2d(width, width, 3, padding=1) if i else None
+            self.levels.append(Level(pairs, u.attention[i], u, twice))
         self.conv_out = nn.Conv2d(c[0], config.vae.channels, 3, padding=1)
 
     def forward(self, x, t, kept):                                                         # (M, n, H), (M,) or (1,)
@@ -555,6 +561,7 @@ class MADFormer(nn.Module):
             self.embed = nn.Embedding(c.vocabulary or self.tokenizer.size, c.dim)
             self.head = nn.Linear(c.dim, c.vocabulary or self.tokenizer.size, bias=False)  # no norm in front of it
             self.register_buffer("names", self.tokenizer.encode(c.texts) if c.texts else None, persistent=False)
+            self.register_buffer("blank", self.tokenizer.encode([""]), persistent=False)
         self.initialise()
         for i, layer in enumerate(self.layers):  # what a switch leaves without use is not trained: DDP must know
             for name, tower in layer.sets.items():
@@ -695,8 +702,7 @@ class MADFormer(nn.Module):
 
     def empty(self, text):
         """The empty text, as long as these tokens (B, L)."""
-        row = self.tokenizer.encode([""]).to(text.device)
-        return F.pad(row, (0, text.shape[1] - row.shape[1]), value=self.tokenizer.eos).expand_as(text)
+        return F.pad(self.blank, (0, text.shape[1] - 2), value=self.tokenizer.eos).expand_as(text)
 
     @torch.no_grad()
     def sample(self, labels, noise, *, cfg=None, interval=(0.0, 1.0), steps=None, sampler=None, clip=0.0, text=None,

@@ -253,6 +253,8 @@ def main():
             "classes": classes, "precision": precision, "torch": str(torch.__version__),
             **({"prefix_image": args.prefix_image, "prefix_tokens": prefixes} if args.prefix_image else {})}
     meta["steps"] = meta["steps"] or first.config.groups  # dar: 0 is one for each group
+    if args.nfe:
+        meta["steps"] = config.steps_within(args.nfe)
     if args.prompt:
         meta |= {"prompt": args.prompt, "classes": None}
     meta = json.loads(json.dumps(meta))

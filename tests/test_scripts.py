@@ -1,4 +1,5 @@
 """The real command lines, in a temporary folder: training, resuming, several processes, sampling, and mistakes."""
+import argparse
 import ast
 import json
 import os
@@ -741,6 +742,23 @@ def test_a_prompt_is_the_name_of_a_class(trained_mad, in_process, tmp_path, caps
     in_process(sample, *arguments, "--prompt", "a green moon", "--out", tmp_path / "c.png")
     assert "not a text of the training data: a green moon" in capsys.readouterr().out
     assert json.loads((tmp_path / "c.meta.json").read_text())["prompt"] == ["a green moon"]
+
+
+def test_a_released_file_and_its_vae_make_pictures(in_process, tmp_path):
+    """--ckpt with --vae, FFHQ's way: no text, one class, four channels at f8."""
+    from test_madformer import published, released
+    args = argparse.Namespace(diff_depth=2, ar_len=4, image_size=64)
+    torch.save({"ema": released(published()), "args": args}, tmp_path / "ffhq.pt")
+    vae = common.KLVAE(common.VAEConfig(4, 32, (1, 1, 1, 1), 1, (), scale=0.18215))
+    torch.save({"state_dict": {k: v for k, v in vae.state_dict().items() if k != "scale"}}, tmp_path / "vae.pt")
+    command = ["--model", "madformer", "--ckpt", tmp_path / "ffhq.pt", "--device", "cpu", "--out", tmp_path / "x.npz"]
+    with pytest.raises(common.UserError, match="give --vae FILE"):
+        in_process(sample, *command)
+    in_process(sample, *command, "--vae", tmp_path / "vae.pt", "--n", 2, "--steps", 2)
+    images, labels = arrays(tmp_path / "x.npz")
+    assert images.shape == (2, 64, 64, 3) and labels.tolist() == [0, 0] and (images[0] != images[1]).any()
+    with pytest.raises(common.UserError, match="no text tower"):
+        in_process(sample, *command, "--vae", tmp_path / "vae.pt", "--prompt", "a face")
 
 
 def test_the_animation_grows_block_by_block(trained_mad, in_process, tmp_path):
