@@ -49,9 +49,8 @@ def arguments():
     add("--model", choices=MODELS, required=True)
     add("--run", metavar="DIR", help="runs/<model>, or one stage in it (default: runs/<model>, its last stage)")
     add("--ckpt", metavar="FILE", help="a released checkpoint instead of a run")
-    add("--vae", metavar="FILE", help="transdiff, madformer: the KL-VAE (default: the one the run was trained"
-                                       " with)")
-    add("--tokenizer", metavar="FILE", help="dar: the tokenizer (default: the one the run was trained with)")
+    add("--vae", metavar="FILE", help="transdiff, madformer: the KL-VAE (default: the run's own)")
+    add("--tokenizer", metavar="FILE", help="dar: the tokenizer (default: the run's own)")
     add("--raw", action="store_true", help="the weights themselves, not their moving average (EMA)")
     add("--classes", help="ids or names, separated by commas (default: all; of more than ten, ten for a picture)")
     add("--n", type=int, help="images, balanced over the classes and in their order (default: 8 for each)")
@@ -63,13 +62,12 @@ def arguments():
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--cfg", type=guidance, help="guidance scale: 1 is off (and costs half), 0 unconditional; 1.1:10 runs linearly"
                                      " over the steps or tokens; 1,1.2,1.3,1.4: one for each MRAR round")
-    add("--interval", type=numbers, metavar="A,B", help="guide only while t (dar: the share of tokens; madformer: t /"
-                                                        " 1000) is in A .. B")
+    add("--interval", type=numbers, metavar="A,B", help="guide only while t (dar: the share of tokens, madformer:"
+                                                        " t / 1000) is in A .. B")
     add("--steps", type=int, help="denoising steps (madformer: of each block)")
     add("--nfe", type=int, help="madformer: as many steps as fit this number of layer evaluations per block")
     add("--sampler", choices=("ddim", "dpm"), help="madformer: DDIM or DPM-Solver++ (2M)")
-    add("--prompt", nargs="+", metavar="TEXT", help="madformer: a row of pictures for each; instead of"
-                                                       " --classes")
+    add("--prompt", nargs="+", metavar="TEXT", help="madformer: instead of --classes; a row for each")
     add("--solver", help="transdiff: maruyama (stochastic, Eq. 18) or euler; dar: adams or euler")
     add("--drift-scale", type=float, help="transdiff: s1 of Eq. 18")
     add("--noise-scale", type=float, help="transdiff: s2 of Eq. 18")
@@ -232,8 +230,8 @@ def main():
         classes, names = list(range(len(args.prompt))), [text[:24] for text in args.prompt]
         if not config.text:
             raise UserError("--prompt: this model has no text tower")
-        if rank == 0 and (strange := [text for text in args.prompt if text.strip().lower() not in {t.lower() for t in
-                                                                                                config.texts}]):
+        known = {text.lower() for text in config.texts}
+        if rank == 0 and (strange := [text for text in args.prompt if text.strip().lower() not in known]):
             print(f"note: not a text of the training data: {', '.join(strange)}")
     elif args.classes:
         classes = class_ids(args.classes, names, config.classes)

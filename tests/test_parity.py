@@ -477,6 +477,14 @@ def test_dar_ar_filters():
 
 # --- MADFormer --------------------------------------------------------------------------------------------------------
 
+def unet_of(c):
+    """The released U-Net configuration; a level has attention if its flag is exactly 1."""
+    return madformer.UNetConfig(
+        tuple(c["unet_block_out_channels"]), tuple(c["unet_num_layers_per_block"]),
+        tuple(int(flag == 1) for flag in c["unet_transformer_layers_per_block"]), groups=c["unet_resnet_groups"],
+        heads=c["unet_num_heads"], time_dim=c["unet_time_emb_dim"])
+
+
 def madformer_of(f, state, flags=(), diff_depth=None, **overrides):
     """The released model under these switches; what its shapes do not tell comes from the file."""
     c = f.config
@@ -488,8 +496,7 @@ def madformer_of(f, state, flags=(), diff_depth=None, **overrides):
     u = model.config.unet
     assert (model.config.dim, model.config.mlp, model.config.depth) == (c["hidden_size"], c["intermediate_size"],
                                                                         c["depth"])
-    assert (u.channels, u.blocks, u.attention) == tuple(tuple(c[f"unet_{name}"]) for name in (
-        "block_out_channels", "num_layers_per_block", "transformer_layers_per_block"))
+    assert u == unet_of(c)
     return model
 
 
@@ -729,11 +736,10 @@ def test_unet_blocks():
     """Down- and upsampler, feature by feature; one step for the whole batch, too."""
     f = Fixture("unet_blocks")
     c = f.config
+    unet = unet_of(c)
     config = madformer.Config(
         image_size=8 * f["in/x"].shape[-1], ar_length=1, dim=c["hidden_size"], mlp=64, depth=1, diffusion_depth=1,
-        unet=madformer.UNetConfig(*(tuple(c[f"unet_{name}"]) for name in (
-            "block_out_channels", "num_layers_per_block", "transformer_layers_per_block")),
-            groups=c["unet_resnet_groups"], heads=c["unet_num_heads"], time_dim=c["unet_time_emb_dim"]))
+        unet=unet, vae=dataclasses.replace(common.SD_VAE, channels=c["latent_channels"]))
     parts = torch.nn.ModuleDict({"down": madformer.Downsampler(config), "up": madformer.Upsampler(config)})
     common.load_strict(parts, madformer.renamed(f.state()), "the fixture")
     down, up = parts["down"], parts["up"]
@@ -745,8 +751,8 @@ def test_unet_blocks():
     for k, feature in enumerate(kept):
         close(feature, f[f"out/down_res_{k}"])
     close(down.levels[0].resnets[0](f["out/down_res_0"], f["out/temb_down"]), f["out/resnet0"])
-    first = 2 + c["unet_num_layers_per_block"][0]  # conv_in, the first level's blocks, its resampling
-    close(down.levels[1].attentions[0](f[f"out/down_res_{first}"]), f["out/attn0"])
+    behind = 2 + unet.blocks[0]  # conv_in, the first level's blocks, its resampling
+    close(down.levels[1].attentions[0](f[f"out/down_res_{behind}"]), f["out/attn0"])
     stages = []
     for level in up.levels:
         def watched(j, x, e, block=level.block):
