@@ -16,12 +16,14 @@ Where     Eq. 1 to 5, all rows at once: MADFormer.towers     Eq. 6, the loss: MA
 Differs   Paper and released code differ in much: `target`, `image_weight`, `hidden`, `clean_target`, `clean_time` have
           both. The table "Where paper and code differ" in the README has all points.
 """
+import base64
 import dataclasses
 import functools
 import math
 import re
 from collections import namedtuple
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -34,6 +36,7 @@ from common import SD_VAE, TINY_VAE, Recipe, Stage, UserError, VAEConfig
 HEAD = 64  # channels of an attention head
 TEXT, CLEAN, NOISE = range(3)  # kinds of rows
 TOWERS = ("text", "clean", "noise")
+MOST = {"ddim": 1000, "dpm": 999}  # samplers, and their largest number of steps
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Config:
     clean_time: str = "noisy"       # time that a clean block is embedded with: that of the "noisy" block in its place
                                     # (released; when sampling the last one of the schedule) or "zero"
     sampler: str = "ddim"           # sampler defaults: "ddim" (paper) or "dpm" (DPM-Solver++ 2M, released)
-    steps: int = 250                # S, 1 .. 1000
+    steps: int = 250                # S, 1 .. 1000 (dpm: 999)
     cfg: float = 1.0                # guidance scale; 1 is off, as in the paper
     unet: UNetConfig = UNetConfig()
     vae: VAEConfig = SD_VAE
@@ -85,7 +88,7 @@ class Config:
         u = self.unet
         for name, values in (("target", ("clean", "noise")), ("hidden", ("condition", "sum")),
                              ("clean_target", ("next", "same")), ("clean_time", ("noisy", "zero")),
-                             ("sampler", ("ddim", "dpm"))):
+                             ("sampler", tuple(MOST))):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is one of {', '.join(values)}, not {getattr(self, name)}")
         if self.dim < HEAD or self.dim % HEAD:
@@ -105,8 +108,8 @@ class Config:
                              f" into {self.across} x {self.across} blocks whose side is a multiple of {self.factor}")
         if self.clean_weight and not (self.clean_blocks and self.ar_length > 1):
             raise ValueError("the clean-tower loss needs clean blocks, and more than one")
-        if not 1 <= self.steps <= 1000 or not 0 <= self.text_drop <= 1:
-            raise ValueError("steps is 1 to 1000, text_drop 0 to 1")
+        if not 1 <= self.steps <= MOST[self.sampler] or not 0 <= self.text_drop <= 1:
+            raise ValueError(f"steps is 1 to {MOST[self.sampler]}, text_drop 0 to 1")
         if self.cfg != 1 and not (self.text and self.text_drop):
             raise ValueError("guidance (cfg other than 1) needs text and text_drop")
         if self.text and self.texts and len(self.texts) != self.classes:
@@ -155,10 +158,7 @@ class Config:
     def working(self, layer):
         """Names of the towers whose rows somebody still needs at this layer of a training step (N: behind the last)."""
         early = layer < self.ar_depth
-        if layer == self.depth:
-            looked_at = False
-        else:  # by later blocks, through the attention
-            looked_at = early and self.condition if self.mlp_denoising else True
+        looked_at = layer < self.depth and (not self.mlp_denoising or early and self.condition)  # by later blocks
         needed = {"text": self.text, "clean": self.seen and (looked_at or self.clean_weight),
                   "noise": not early or self.condition}
         return [name for name in needed if needed[name]]
@@ -169,7 +169,7 @@ class Config:
 
     def steps_within(self, nfe):
         """The largest number of steps with at most so many evaluations. Raises UserError if not even one fits."""
-        steps = min((nfe - self.ar_depth) // self.diffusion_depth, 1000)
+        steps = min((nfe - self.ar_depth) // self.diffusion_depth, *MOST.values())
         if steps < 1:
             raise UserError(f"--nfe {nfe}: one step takes {self.evaluations(1)} layer evaluations")
         return steps
@@ -200,8 +200,8 @@ class Text:
         if file:
             try:
                 import tiktoken
-                from tiktoken.load import load_tiktoken_bpe
-                ranks = load_tiktoken_bpe(file)
+                lines = (line.split() for line in Path(file).read_bytes().splitlines() if line)
+                ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
                 self.coder = tiktoken.Encoding("text", pat_str=self.LLAMA3, mergeable_ranks=ranks, special_tokens={})
             except ImportError:
                 raise UserError(f"text_tokenizer {file}: pip install tiktoken, or leave it out: then bytes are tokens"
@@ -427,8 +427,10 @@ class Layer(nn.Module):
         q, k, v = self.tower(name).heads(x, rotary)
         if store is not None:
             end = begin + x.shape[1]
-            store[0][:, :, begin:end], store[1][:, :, begin:end] = k, v
-            k, v, mask = store[0][:, :, :end], store[1][:, :, :end], mask if mask is None else mask[..., :end]
+            store[0][:, :, begin:end] = k
+            store[1][:, :, begin:end] = v
+            k, v = store[:, :, :, :end]
+            mask = None if mask is None else mask[..., :end]
         if not going_on:
             return None
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -565,7 +567,7 @@ class MADFormer(nn.Module):
         self.initialise()
         for i, layer in enumerate(self.layers):  # what a switch leaves without use is not trained: DDP must know
             for name, tower in layer.sets.items():
-                now, then = (bool(names) if c.shared else name in names for names in (c.working(i), c.working(i + 1)))
+                now, then = (any(n in c.working(k) for n in (TOWERS if c.shared else (name,))) for k in (i, i + 1))
                 tower.requires_grad_(now and then)
                 for part in (tower.norm1, tower.qkv, tower.k_norm):
                     part.requires_grad_(now)
@@ -718,16 +720,17 @@ class MADFormer(nn.Module):
         c, B, device = self.config, len(labels), labels.device
         text, scales, sampler = self.settings(labels, cfg, interval, steps, sampler, text)
         guided = any(g != 1 for g in scales)
-        if guided:
+        if guided:  # the second half of the batch goes without text
             text = torch.cat([text, self.empty(text)])
-        cache = self.remember(B * (1 + guided), text)
+        times = 2 if guided else 1
+        cache = self.remember(times * B, text)
         last = schedule(sampler, len(scales))[0][-1] if c.clean_time == "noisy" else 0
         blocks = torch.zeros(B, c.ar_length, c.vae.channels, c.block, c.block, device=device)
-        before = self.boi.expand(B * (1 + guided), -1, -1)
+        before = self.boi.expand(times * B, -1, -1)
         for j in range(c.ar_length):
             if j:
                 before = self.down(blocks[:, j - 1], torch.full((1,), last, device=device))[0]
-                before = before.repeat(1 + guided, 1, 1)
+                before = before.repeat(times, 1, 1)
             condition = self.prepare(j, before, cache)
 
             def network(x, i, t, j=j, condition=condition):
@@ -749,8 +752,8 @@ class MADFormer(nn.Module):
         c = self.config
         cfg, steps, sampler = (getattr(c, name) if value is None else value for name, value in
                                (("cfg", cfg), ("steps", steps), ("sampler", sampler)))
-        if not 1 <= steps <= 1000 or sampler not in ("ddim", "dpm"):
-            raise UserError(f"{sampler}, {steps} steps: there are ddim and dpm, with 1 to 1000 steps")
+        if sampler not in MOST or not 1 <= steps <= MOST[sampler]:
+            raise UserError(f"{sampler}, {steps} steps: there are ddim, of 1 to 1000 steps, and dpm, of 1 to 999")
         acts = [interval[0] <= t / 1000 <= interval[1] for t in schedule(sampler, steps)[0]]
         scales = [g if act else 1.0 for g, act in zip(common.guidance_scales(cfg, steps), acts, strict=True)]
         if not c.text and (text is not None or any(g != 1 for g in scales)):
@@ -780,12 +783,12 @@ class MADFormer(nn.Module):
         the clean ones come, or for good where there are no clean blocks.
         """
         c, n, noise, clean = self.config, self.config.tokens, before, before               # Eq. 1
-        past, here = (self.rotary[:, max(k, 0) * n:(k + 1) * n] for k in (j - 1, j))
+        here = self.rotary[:, j * n:(j + 1) * n]
         for i, store in enumerate(cache.store):
             layer = self.layers[i]
             if j and c.clean_blocks:
-                clean = layer.cached("clean", clean, past, store, cache.begin + (j - 1) * n, cache.mask,
-                                     going_on=i < len(cache.store) - 1)
+                clean = layer.cached("clean", clean, self.rotary[:, (j - 1) * n:j * n], store,
+                                     cache.begin + (j - 1) * n, cache.mask, going_on=i < len(cache.store) - 1)
             if i < c.ar_depth and c.condition:
                 noise = layer.cached("noise", noise, here, store, cache.begin + j * n, cache.mask)  # Eq. 2
         return noise if c.condition else torch.zeros_like(noise)
@@ -840,6 +843,8 @@ class MADFormer(nn.Module):
     @torch.no_grad()
     def complete(self, text="", most=64):
         """The text that the text tower goes on with, greedily, until an image begins or the text ends."""
+        if not self.config.text:
+            raise UserError("this model has no text tower")
         tokens = self.tokenizer.encode([text]).to(self.boi.device)[:, :-1]                  # without BOI
         for _ in range(most):
             rows, layout = self.embed(tokens), self.text_layout(tokens)
@@ -916,10 +921,11 @@ def load_official(path, **overrides):
     """The model in a released checkpoint, its EMA weights if it has them, ready to sample.
 
     The configuration comes from the shapes and from the arguments in the file, else the published ones. overrides:
-    Config fields. Strict: raises UserError for an entry that is missing, extra or misshapen.
+    Config fields; unet is a dict with fields of UNetConfig (groups and heads cannot be seen in the shapes). Strict:
+    raises UserError for an entry that is missing, extra or misshapen.
     """
     content = common.read(path)
-    args = content.get("args", {})
+    args = content.get("args") or {}
     args = args if isinstance(args, dict) else vars(args)
     given = {field: value for switch, (field, value) in SWITCHES.items() if args.get(switch)}
     given |= {field: args[name] for name, field in (("diff_depth", "diffusion_depth"), ("ar_len", "ar_length"),

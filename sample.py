@@ -8,7 +8,7 @@
     python sample.py --model dar --stream --classes star,heart --out growing.png  # previews while tokens are generated
     python sample.py --model dar --prefix-image photo.jpg --prefix-tokens 0,8,16 --classes star,heart
     python sample.py --model dar --reconstruct photo.jpg drawing.png              # what the tokenizer keeps of pictures
-    python sample.py --model madformer --prompt "a star" heart --nfe 84 --out stars.png
+    python sample.py --model madformer --prompt star heart --nfe 84 --out stars.png
     python sample.py --model madformer --sampler dpm --steps 9 --out growing.gif  # block by block, step by step
     torchrun --nproc_per_node 8 -- sample.py --model transdiff --n 50000 --out samples.npz
 
@@ -67,7 +67,8 @@ def arguments():
     add("--steps", type=int, help="denoising steps (madformer: of each block)")
     add("--nfe", type=int, help="madformer: as many steps as fit this number of layer evaluations per block")
     add("--sampler", choices=("ddim", "dpm"), help="madformer: DDIM or DPM-Solver++ (2M)")
-    add("--prompt", nargs="+", metavar="TEXT", help="madformer: instead of --classes; a row for each")
+    add("--prompt", nargs="+", metavar="TEXT", help="madformer: instead of --classes; a row for each (the labels in an"
+                                                       " .npz count the prompts)")
     add("--solver", help="transdiff: maruyama (stochastic, Eq. 18) or euler; dar: adams or euler")
     add("--drift-scale", type=float, help="transdiff: s1 of Eq. 18")
     add("--noise-scale", type=float, help="transdiff: s2 of Eq. 18")
@@ -233,6 +234,10 @@ def main():
         known = {text.lower() for text in config.texts}
         if rank == 0 and (strange := [text for text in args.prompt if text.strip().lower() not in known]):
             print(f"note: not a text of the training data: {', '.join(strange)}")
+    elif not getattr(config, "text", True):  # madformer without text: images of no class
+        classes, names = [0], None
+        if args.classes:
+            raise UserError("--classes: this model has no text tower, so it knows no classes")
     elif args.classes:
         classes = class_ids(args.classes, names, config.classes)
     else:

@@ -1,5 +1,6 @@
 """MADFormer beyond parity: who sees whom, samplers against closed forms, cached against plain, text, costs, options."""
 import argparse
+import base64
 import dataclasses
 import itertools
 import math
@@ -155,7 +156,7 @@ def test_a_known_image_is_reached_in_any_number_of_steps(sampler, target):
     def network(x, i, t):
         abar = madformer.alphas_bar()[t]
         return x_0 if target == "clean" else (x - abar.sqrt() * x_0) / (1 - abar).sqrt()
-    for steps in (1, 2, 7, 50):
+    for steps in (1, 2, 7, 50, madformer.MOST[sampler]):
         torch.testing.assert_close(madformer.solve(network, start, sampler, steps, target), x_0, rtol=0, atol=2e-4)
 
 
@@ -312,7 +313,7 @@ def test_a_budget_that_does_not_divide_is_not_exceeded():
     config = dataclasses.replace(madformer.PRESETS["ffhq"], diffusion_depth=21)
     for nfe, steps in ((280, 13), (700, 33), (1400, 66), (2800, 133), (84, 3)):
         assert config.steps_within(nfe) == steps and config.evaluations(steps) <= nfe
-    assert config.steps_within(28) == 1
+    assert config.steps_within(28) == 1 and config.steps_within(10**6) == 999
     with pytest.raises(UserError, match="one step takes 28"):
         config.steps_within(27)
 
@@ -339,7 +340,7 @@ def test_bytes_come_back():
     assert [text.decode(row.tolist()) for row in tokens] == ["ankle boot", "é☃", ""]
 
 
-def test_a_tiktoken_file_takes_the_place_of_bytes(monkeypatch):
+def test_a_tiktoken_file_takes_the_place_of_bytes(monkeypatch, tmp_path):
     """Four special tokens follow its ranks, as in Llama 3; without the package the message says what to do."""
     class Encoding:
         def __init__(self, name, pat_str, mergeable_ranks, special_tokens):
@@ -350,20 +351,24 @@ def test_a_tiktoken_file_takes_the_place_of_bytes(monkeypatch):
 
         def decode(self, tokens):
             return "|".join(next(k for k, v in self.ranks.items() if v == t).decode() for t in tokens)
-    load = types.ModuleType("tiktoken.load")
-    load.load_tiktoken_bpe = lambda file: {b"ankle": 0, b"boot": 1, b"bag": 2}
     package = types.ModuleType("tiktoken")
-    package.Encoding, package.load = Encoding, load
+    package.Encoding = Encoding
     monkeypatch.setitem(sys.modules, "tiktoken", package)
-    monkeypatch.setitem(sys.modules, "tiktoken.load", load)
-    text = madformer.Text("tokenizer.model")
+    file = str(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.model").write_text("\n".join(
+        f"{base64.b64encode(word).decode()} {rank}" for rank, word in enumerate((b"ankle", b"boot", b"bag"))))
+    text = madformer.Text(file)
     assert text.encode(["Ankle|boot", "bag"]).tolist() == [[3, 0, 1, 5], [3, 2, 5, 4]]
     assert text.decode([3, 0, 1, 5]) == "ankle|boot" and text.size == 3 + 256
     with pytest.raises(UserError, match="vocabulary 100: the text tokenizer has 259 tokens"):
-        model_of(text_tokenizer="tokenizer.model", vocabulary=100)
+        model_of(text_tokenizer=file, vocabulary=100)
+    for wrong in ("nowhere.model", str(tmp_path / "broken.model")):
+        (tmp_path / "broken.model").write_text("what is this")
+        with pytest.raises(UserError, match="cannot be read as a tiktoken file"):
+            madformer.Text(wrong)
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(UserError, match="pip install tiktoken"):
-        madformer.Text("tokenizer.model")
+        madformer.Text(file)
 
 
 def test_the_text_tower_learns_to_read():

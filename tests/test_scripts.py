@@ -757,8 +757,9 @@ def test_a_released_file_and_its_vae_make_pictures(in_process, tmp_path):
     in_process(sample, *command, "--vae", tmp_path / "vae.pt", "--n", 2, "--steps", 2)
     images, labels = arrays(tmp_path / "x.npz")
     assert images.shape == (2, 64, 64, 3) and labels.tolist() == [0, 0] and (images[0] != images[1]).any()
-    with pytest.raises(common.UserError, match="no text tower"):
-        in_process(sample, *command, "--vae", tmp_path / "vae.pt", "--prompt", "a face")
+    for option in ("--prompt", "--classes"):
+        with pytest.raises(common.UserError, match="no text tower"):
+            in_process(sample, *command, "--vae", tmp_path / "vae.pt", option, "0")
 
 
 def test_the_animation_grows_block_by_block(trained_mad, in_process, tmp_path):
