@@ -105,6 +105,7 @@ def test_the_mask_is_the_statement(text, clean_blocks, alone):
             assert mask[b, q, k] == expected, (b, kinds[q], kinds[k])
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")  # slow, but here it is only to be right
 @pytest.mark.parametrize("text,clean_blocks,alone", list(itertools.product((False, True), repeat=3)))
 def test_flex_attention_is_masked_attention(text, clean_blocks, alone):
     model = model_of(text=text, clean_blocks=clean_blocks)
