@@ -73,6 +73,13 @@ def in_process(monkeypatch):
         signal.signal(number, handler)
 
 
+def refusal(in_process, capsys, module, *arguments):
+    """What a command says that is refused."""
+    with pytest.raises((common.UserError, SystemExit)) as caught:
+        in_process(module, *arguments)
+    return str(caught.value) if isinstance(caught.value, common.UserError) else capsys.readouterr().err
+
+
 @pytest.fixture(scope="session")
 def trained(pictures, tmp_path_factory):
     """A run of all three stages, two steps each, by the real command."""
@@ -308,10 +315,7 @@ def test_latents_on_the_fly(trained, in_process, pictures, tmp_path):
     (["--seed", "-1"], "0 or more"), (["--init", "x.pt", "--stage", "vae"], "always begins afresh")])
 def test_mistakes_in_training_are_one_line(in_process, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((common.UserError, SystemExit)) as caught:
-        in_process(train, "--model", "transdiff", "--steps", 1, *arguments)
-    said = str(caught.value) if isinstance(caught.value, common.UserError) else capsys.readouterr().err
-    assert words in said
+    assert words in refusal(in_process, capsys, train, "--model", "transdiff", "--steps", 1, *arguments)
     assert not list(tmp_path.rglob("*.pt"))
 
 
@@ -415,10 +419,7 @@ def test_tokens_on_the_fly_are_the_cached_ones(trained_dar, in_process, pictures
     (["--set", "repa_weight=0.5"], "REPA needs a grid of 16"), (["--tokenizer", "x.pt"], "x.pt, which is not there")])
 def test_mistakes_in_training_dar_are_one_line(in_process, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((common.UserError, SystemExit)) as caught:
-        in_process(train, "--model", "dar", "--steps", 1, *arguments)
-    said = str(caught.value) if isinstance(caught.value, common.UserError) else capsys.readouterr().err
-    assert words in said
+    assert words in refusal(in_process, capsys, train, "--model", "dar", "--steps", 1, *arguments)
     assert not list(tmp_path.rglob("*.pt"))
 
 
@@ -482,10 +483,7 @@ def test_madformer_goes_on_from_other_weights(trained_mad, in_process, pictures,
     (["--set", "target=v"], "target is one of clean, noise")])
 def test_mistakes_in_training_madformer_are_one_line(in_process, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((common.UserError, SystemExit)) as caught:
-        in_process(train, "--model", "madformer", "--steps", 1, *arguments)
-    said = str(caught.value) if isinstance(caught.value, common.UserError) else capsys.readouterr().err
-    assert words in said
+    assert words in refusal(in_process, capsys, train, "--model", "madformer", "--steps", 1, *arguments)
     assert not list(tmp_path.rglob("*.pt"))
 
 
@@ -596,11 +594,8 @@ def test_a_folder_that_was_half_written_is_finished(trained, in_process, tmp_pat
     (["--vae", "none.pt"], "no such file")])
 def test_mistakes_in_sampling_are_one_line(trained, in_process, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((common.UserError, SystemExit)) as caught:
-        in_process(sample, "--model", "transdiff", *([] if {"--run", "--ckpt"} & {*arguments} else ["--run", trained]),
-                   "--n", 1, *arguments)
-    said = str(caught.value) if isinstance(caught.value, common.UserError) else capsys.readouterr().err
-    assert words in said
+    run_of = [] if {"--run", "--ckpt"} & {*arguments} else ["--run", trained]
+    assert words in refusal(in_process, capsys, sample, "--model", "transdiff", *run_of, "--n", 1, *arguments)
     assert not list(tmp_path.glob("samples*.png"))
 
 
@@ -695,10 +690,7 @@ def test_reconstructions_of_files(trained_dar, in_process, pictures, tmp_path, c
 def test_mistakes_in_sampling_dar_are_one_line(trained_dar, in_process, tmp_path, monkeypatch, capsys, arguments,
                                                words):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((common.UserError, SystemExit)) as caught:
-        in_process(sample, "--model", "dar", "--run", trained_dar, "--n", 1, *arguments)
-    said = str(caught.value) if isinstance(caught.value, common.UserError) else capsys.readouterr().err
-    assert words in said
+    assert words in refusal(in_process, capsys, sample, "--model", "dar", "--run", trained_dar, "--n", 1, *arguments)
     assert not list(tmp_path.glob("*.png"))
 
 
@@ -782,10 +774,8 @@ def test_the_animation_grows_block_by_block(trained_mad, in_process, tmp_path):
 def test_mistakes_in_sampling_madformer_are_one_line(trained_mad, in_process, tmp_path, monkeypatch, capsys, arguments,
                                                      words):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((common.UserError, SystemExit)) as caught:
-        in_process(sample, "--model", "madformer", "--run", trained_mad, "--n", 1, *arguments)
-    said = str(caught.value) if isinstance(caught.value, common.UserError) else capsys.readouterr().err
-    assert words in said
+    assert words in refusal(in_process, capsys, sample, "--model", "madformer", "--run", trained_mad, "--n", 1,
+                            *arguments)
     assert not list(tmp_path.glob("*.png"))
 
 
