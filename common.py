@@ -470,20 +470,24 @@ def read_cifar10(path, split):
     return np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), records[:, 0]
 
 
-def load_folder(path, size):
-    """A folder of class folders (their naturally sorted names are the classes), or a flat one: a single class."""
+@functools.cache
+def endings():
+    """Of the files that Pillow reads."""
+    Image.init()
+    return {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+
+
+def listing(path):
+    """The pictures of a folder of class folders, whose naturally sorted names are the classes, or of a flat one, a
+    single class: names (relative to the folder), labels, classes. Raises UserError if there are none."""
     def natural(p):  # class 2 before class 10
         return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", p.name)]
 
-    if not path.is_dir():
-        raise UserError(f"--data {path}: no such folder, and not one of shapes, {', '.join(IDX)}, cifar10")
-    Image.init()
-    endings = {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
     folders = sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=natural) or [path]
     names, labels, classes = [], [], []
     for folder in folders:
         found = sorted(os.path.relpath(os.path.join(at, f), path) for at, _, files in os.walk(folder) for f in files
-                       if os.path.splitext(f)[1].lower() in endings and not f.startswith("."))
+                       if os.path.splitext(f)[1].lower() in endings() and not f.startswith("."))
         if not found:
             print(f"{folder}: no pictures; left out")
             continue
@@ -491,7 +495,15 @@ def load_folder(path, size):
         labels += [len(classes)] * len(found)
         classes.append(folder.name)
     if not names:
-        raise UserError(f"--data {path}: no file that Pillow reads, here or in the sub-folders")
+        raise UserError(f"{path}: no file that Pillow reads, here or in the sub-folders")
+    return names, labels, classes
+
+
+def load_folder(path, size):
+    """A folder of pictures, see listing."""
+    if not path.is_dir():
+        raise UserError(f"--data {path}: no such folder, and not one of shapes, {', '.join(IDX)}, cifar10")
+    names, labels, classes = listing(path)
     names, labels = np.array([os.fsencode(n) for n in names]), np.array(labels)
     broken = set()
 
@@ -986,7 +998,9 @@ class ReleasedConfig:
     """Stands in for the class that released D-AR files hold their configuration in: nothing but a dict, `_data`."""
 
 
-HARMLESS = [argparse.Namespace, (ReleasedConfig, "config_util.Config")]  # classes that checkpoints may hold
+HARMLESS = [argparse.Namespace, (ReleasedConfig, "config_util.Config"),  # what checkpoints may hold besides tensors:
+            *((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+            np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1"))]  # NumPy arrays
 
 
 def read(path):

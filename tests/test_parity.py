@@ -15,6 +15,7 @@ import torch
 
 import common
 import dar
+import fid
 import madformer
 import transdiff
 
@@ -768,3 +769,117 @@ def test_unet_blocks():
     tokens, kept = down(f["in/x"], f["in/t_scalar"].view(1))
     close(tokens.transpose(1, 2).view(f["out/down"].shape), f["out/down_scalar_t"])
     close(up(hidden.flatten(2).transpose(1, 2), f["in/t_scalar"].view(1), kept), f["out/up_scalar_t"])
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def inception(inception_file):
+    """The network with the fixture's weights, from a file like the published one; the recipe's checks hold."""
+    f, state = Fixture("inception"), torch.load(inception_file)
+    for name in (key.removeprefix("out/param_first4/") for key in f.keys("out/param_first4/")):
+        assert torch.equal(state[name].flatten()[:4], f[f"out/param_first4/{name}"]), name
+        total = torch.stack([state[name].double().sum(), state[name].double().abs().sum()])
+        close(total, f[f"out/param_sum/{name}"], 1e-9)
+    plain = fid.Inception()
+    plain.load_state_dict({**plain.state_dict(), **state})
+    return {"plain": plain, "folded": fid.load_inception(inception_file)[0]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["plain", "folded"])
+def test_inception_features(inception, how):
+    """Both resizings, every output, and the moments behind every layer, for images of all sizes in the file."""
+    f, network = Fixture("inception"), inception[how]
+    for name in f.meta["images"]:
+        images = f[f"in/image/{name}"]
+        for ours, theirs, exact in (("tf1", "tf1", 1e-6), ("pytorch", "pt", 2e-5)):
+            key, x, seen = f"out/{name}/{theirs}/", fid.RESIZE[ours](images), {}
+            assert (x[:, :, ::23, ::23] - f[key + "resized_grid"]).abs().max() <= exact
+            hooks = [getattr(network, layer).register_forward_hook(
+                lambda module, args, out, layer=layer: seen.update({layer: out.clone()})) for layer in network.trunk]
+            pool3, spatial, logits = network(x)
+            for hook in hooks:
+                hook.remove()
+            close(pool3, f[key + "pool3"], 5e-4)
+            close(spatial, f[key + "spatial"], 5e-4)
+            close(logits, f[key + "logits_unbiased"], 5e-4)
+            close(logits + network.fc.bias, f[key + "logits"], 5e-4)
+            for pooled, layer in (("pooled64", "pool_1"), ("pooled192", "pool_2"), ("pooled768", "Mixed_6e")):
+                if key + pooled in f:
+                    close(seen[layer].mean((2, 3)), f[key + pooled], 5e-4)
+            if key + "layer_moments" in f:
+                moments = torch.stack([torch.stack([h.double().mean(), h.double().square().mean().sqrt()])
+                                       for h in [*seen.values(), pool3]])
+                close(moments, f[key + "layer_moments"], 5e-4)
+
+
+def test_inception_distances(inception_file, tmp_path):
+    """FID, sFID, IS, precision and recall of two small sets, from the images on, by the way of the command line."""
+    f = Fixture("inception")
+    for name in ("set_a", "set_b"):
+        np.savez(tmp_path / f"{name}.npz", arr_0=f[f"in/{name}"].numpy())
+    for ours, theirs in (("tf1", "tf1"), ("pytorch", "pt")):
+        key = f"out/e2e/{theirs}/"
+        judge = fid.Judge(tmp_path / "set_b.npz", resize=ours, weights=inception_file, cache=tmp_path)
+        side = judge.features(fid.Source(tmp_path / "set_a.npz"))
+        numbers = judge.measure(side)
+        scores = [fid.inception_score(side["logits"], splits=2, shuffle=shuffle) for shuffle in (True, False)]
+        for name, ours in (("fid_exact", numbers["fid"]), ("sfid_exact", numbers["sfid"]),
+                           ("isc_mean_2splits", scores[0][0]), ("isc_mean_2splits_noshuffle", scores[1][0])):
+            if key + name in f:
+                assert ours == pytest.approx(f[key + name].item(), rel=1e-4), name
+        if key + "isc_std_2splits" in f:
+            assert scores[0][1] == pytest.approx(f[key + "isc_std_2splits"].item(), rel=1e-2)
+        for name in ("precision", "recall"):
+            if key + name in f:
+                assert numbers[name] == pytest.approx(f[key + name].item(), abs=1e-7)
+
+
+def test_frechet():
+    """Every case, both ways round; 1e-9 where the covariances have full rank or are exact, else 1e-5."""
+    f = Fixture("frechet")
+    for case in f.meta["cases"]:
+        one, two = ([f[f"in/{case}/{name}{k}"] for name in ("mu", "sigma")] for k in (1, 2))
+        exact = f[f"out/{case}/exact"].item()
+        for a, b in ((one, two), (two, one)):
+            assert fid.frechet(a, b) == pytest.approx(exact, rel=1e-9, abs=1e-5 if any(
+                word in case for word in ("rank", "near", "few", "identical", "float32")) else 1e-12), case
+
+
+def test_frechet_moments():
+    """Streamed over shards, with large means."""
+    f = Fixture("frechet")
+    whole = fid.Moments()
+    for part in f["in/stats/features"].split(f["in/stats/shards"].tolist()):
+        shard = fid.Moments()
+        shard.add(part)
+        whole.merge(shard)
+    mean, covariance = whole.gaussian()
+    assert np.abs(mean - f["out/stats/mu"].numpy()).max() <= 1e-9
+    assert np.abs(covariance - f["out/stats/sigma"].numpy()).max() <= 1e-9
+
+
+def test_is_pr():
+    """Scores by both rules, and who lies in whose neighbourhood, ties and repeated points included."""
+    f = Fixture("is_pr")
+    for key in f.keys("in/is/"):
+        if not key.endswith("/logits"):
+            continue
+        case, logits = key.split("/")[2], f[key]
+        adm = dict(chunk=int(f[f"in/is/{case}/adm_split_size"]), shuffle=False)
+        for how, name in ((dict(), "torch_fidelity"), (dict(shuffle=False), "torch_fidelity_noshuffle"),
+                          (dict(splits=1, shuffle=False), "torch_fidelity_1split"), (adm, "adm_float64")):
+            theirs = np.atleast_1d(f[f"out/is/{case}/{name}"].numpy())
+            assert fid.inception_score(logits, **how)[:len(theirs)] == pytest.approx(theirs, rel=1e-6, abs=1e-9)
+    for key in f.keys("in/pr/"):
+        if not key.endswith("/ref"):
+            continue
+        case = key.split("/")[2]
+        reference, samples = f[key].double(), f[f"in/pr/{case}/sample"].double()
+        assert fid.precision_recall(samples, reference) == pytest.approx(
+            f[f"out/pr/{case}/precision_recall"].tolist(), abs=1e-7)
+        for rows, name in ((reference, "ref"), (samples, "sample")):
+            torch.testing.assert_close(fid.radii(rows), f[f"out/pr/{case}/radii_{name}"], rtol=1e-9, atol=1e-9)
+        assert fid.inside(samples, reference, fid.radii(reference)).long().tolist() == f[
+            f"out/pr/{case}/sample_in_ref"].tolist()
