@@ -47,6 +47,7 @@ DIGEST = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SOURCE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 SIDE = 299  # pixels that the network sees
 METRICS = ("fid", "sfid", "is", "pr")
+NAMES = {"fid": "FID", "fd_classifier": "FD-classifier", "sfid": "sFID", "is": "IS"}  # as people write them
 
 
 # --- The network ------------------------------------------------------------------------------------------------------
@@ -279,22 +280,23 @@ class Moments:
 def trace_sqrt(a, b):
     """Tr (a b)^(1/2) of covariances a, b (d, d), from symmetric matrices only: never complex, right for any rank.
 
-    With a = R R^T, the eigenvalues of a b are those of R^T b R, which are real. Of full rank, R comes from Cholesky.
-    Else both are split, a = R R^T and b = S S^T, without the eigenvalues that are rounding, and the trace is the sum of
-    the singular values of R^T S.
+    With a = R R^T and b = S S^T, the eigenvalues of a b are the squared singular values of M = R^T S. Of full rank, R and
+    S come from Cholesky, and the eigenvalues of M^T M are exact enough. Else they come from the eigenvectors, without
+    those whose eigenvalues are rounding.
     """
     rounding = len(a) * np.finfo(float).eps  # as a share of the largest eigenvalue
     with contextlib.suppress(scipy.linalg.LinAlgError):
-        roots = [scipy.linalg.cholesky(c, lower=True) for c in (a, b)]
-        if all(R.diagonal().min() ** 2 > rounding * R.diagonal().max() ** 2 for R in roots):
-            product = roots[0].T @ b @ roots[0]
-            return np.sqrt(scipy.linalg.eigvalsh((product + product.T) / 2).clip(0)).sum()
+        R, S = (scipy.linalg.cholesky(c, lower=True) for c in (a, b))
+        if all(L.diagonal().min() ** 2 > rounding * L.diagonal().max() ** 2 for L in (R, S)):
+            M = R.T @ S
+            return np.sqrt(scipy.linalg.eigvalsh(M.T @ M).clip(0)).sum()
     roots = []
     for c in (a, b):
         w, Q = scipy.linalg.eigh(c)
         keep = w > rounding * max(w.max(), 0)
         roots.append(Q[:, keep] * np.sqrt(w[keep]))
-    return scipy.linalg.svdvals(roots[0].T @ roots[1]).sum() if all(R.size for R in roots) else 0.0
+    R, S = roots
+    return scipy.linalg.svdvals(R.T @ S).sum() if R.size and S.size else 0.0
 
 
 def frechet(gaussian1, gaussian2):
@@ -353,9 +355,8 @@ def precision_recall(samples, reference, k=3, device="cpu"):
 # --- Sets of images ---------------------------------------------------------------------------------------------------
 
 def named(path):
-    """Is this the name of a data set, and not of a file or folder?"""
-    return bool(path) and not Path(path).exists() and bool(re.fullmatch(
-        f"({'|'.join(['shapes', 'cifar10', *common.IDX])})(:train)?", str(path)))
+    """Is this the name of a data set? A folder of that name is given as ./name."""
+    return re.fullmatch(f"({'|'.join(['shapes', 'cifar10', *common.IDX])})(:train)?", str(path)) is not None
 
 
 class Source:
@@ -363,7 +364,8 @@ class Source:
 
     n images, read(i) -> uint8 (H, W, 3), or None where a file is broken; labels (n,) or None; statistics, name ->
     array, empty where the file has none; meta, what sample.py wrote beside it; digest, of the content. size: pictures
-    of other sizes become squares of so many pixels by ADM's centre crop. Raises UserError for what is none of this.
+    of other sizes become squares of so many pixels by ADM's centre crop (named sets: 32 without it). Raises UserError
+    for what is none of this.
     """
 
     def __init__(self, path, size=None, data_root="data"):
@@ -372,9 +374,10 @@ class Source:
         self.named = named(path)
         if self.named:
             name, _, split = str(path).partition(":")
-            data = common.load_data(name, data_root, size or 32, split or "test")
+            self.size = size or 32
+            data = common.load_data(name, data_root, self.size, split or "test")
             self.n, self.labels, self.get = len(data.labels), data.labels, data.read
-            self.digest = f"{data.key}-{split or 'test'}-{size}"
+            self.digest = f"{data.key}-{split or 'test'}-{self.size}"
         elif self.path.is_dir():
             self.open_folder()
         elif self.path.is_file():
@@ -472,13 +475,13 @@ class Classifier(nn.Module):
         self.side, layers = side, []
         for c_in, c_out in ((3, 32), (32, 64), (64, 128)):
             layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2)]
-        self.layers, self.dropout = nn.Sequential(*layers), nn.Dropout(0.3)
+        self.layers = nn.Sequential(*layers)
         self.fc = nn.Linear(128 * (side // 8) ** 2, classes)
 
     def forward(self, x):
         """Features (B, 128), None, and logits (B, classes) of x (B, 3, side, side) in -1 .. 1."""
         maps = self.layers(x)
-        return maps.mean((2, 3)), None, self.fc(self.dropout(maps.flatten(1)))
+        return maps.mean((2, 3)), None, self.fc(maps.flatten(1))
 
     def resize(self, images):
         """uint8 images (B, H, W, 3) as this network's input."""
@@ -502,7 +505,9 @@ def load_classifier(reference, data_root, cache, device):
     first = next(image for i in range(reference.n) if (image := reference.read(i)) is not None)
     side = max(8, min(64, *first.shape[:2]))
     name = f"{'' if reference.named else path.stem + '-'}classifier-{side}.pt"
-    network = Classifier(int(reference.labels.max()) + 1, side).to(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Classifier(int(reference.labels.max()) + 1, side).to(device)
     places = [path.with_name(name), *([cache / f"{reference.digest}-{name}"] if cache else [])]
     for file in places:
         if file.exists() and (saved := common.read(file)).get("digest") == reference.digest:
@@ -594,8 +599,8 @@ class Judge:
     """A reference, and the network that looks at it and at samples. On all ranks alike; numbers are rank 0's.
 
     reference: see Source; None to look only. features: "inception" (resize "tf1" or "pytorch", weights as in
-    load_inception) or "classifier". metrics: of METRICS; None: all that the two sides allow. size: see Source; named
-    sets take 32 without it. cache: a folder for features, by their content; None: torch.hub's; "off": nowhere.
+    load_inception) or "classifier". metrics: of METRICS; None: all that the two sides allow. size: see Source. cache:
+    a folder for features and results, by the content of the images; None: torch.hub's; "off": nowhere.
     """
 
     def __init__(self, reference, features="inception", resize="tf1", weights=None, metrics=None, size=None,
@@ -825,13 +830,10 @@ def report(args, samples, judge, numbers):
     print(f"wrote {beside}")
 
 
-NAMES = {"fid": "FID", "fd_classifier": "FD-classifier", "sfid": "sFID", "is": "IS"}
-
-
 def line(numbers):
     """The numbers as people write them."""
-    said = [f"{NAMES.get(k, k)} {v:.4g}" + f" +- {numbers['is_std']:.2g}" * (k == "is") for k, v in numbers.items()
-            if isinstance(v, float) and k != "is_std"]
+    said = [f"{NAMES.get(k, k)} {v:.4g}" + (f" +- {numbers['is_std']:.2g}" if k == "is" else "")
+            for k, v in numbers.items() if isinstance(v, float) and k != "is_std"]
     count, of = (f"{numbers[k]:,}" if numbers[k] else "statistics" for k in ("n", "reference_n"))
     return f"{', '.join(said)} (N {count}, reference {of})"
 

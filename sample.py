@@ -11,6 +11,7 @@
     python sample.py --model madformer --prompt star heart --nfe 84 --out stars.png
     python sample.py --model madformer --sampler dpm --steps 9 --out growing.gif  # block by block, step by step
     torchrun --nproc_per_node 8 -- sample.py --model transdiff --n 50000 --out samples.npz
+    python sample.py --model transdiff --cfg-sweep 1,1.5,2,3 --n 1000 --out sweep    # one grid, one table
 
 Image k of a seed is the same image whatever the batch size or the number of GPUs. An interrupted .npz or folder goes
 on where it was. What was sampled, and how, is written to a meta.json beside it.
@@ -28,6 +29,7 @@ import torch.distributed as dist
 
 import common
 import dar
+import fid
 import madformer
 import transdiff
 from common import UserError
@@ -62,6 +64,11 @@ def arguments():
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--cfg", type=guidance, help="guidance scale: 1 is off (and costs half), 0 unconditional; 1.1:10 runs linearly"
                                      " over the steps or tokens; 1,1.2,1.3,1.4: one for each MRAR round")
+    add("--cfg-sweep", type=scales, metavar="A,B,...", help="samples with each of these guidance scales, in the"
+                                                            " folder --out; one grid, and one table by fid.py")
+    add("--fid-reference", metavar="SET", help="--cfg-sweep: as REFERENCE of fid.py (default: the data set of the run)")
+    add("--fid-features", choices=("inception", "classifier"), help="--cfg-sweep: default classifier for tiny, else"
+                                                                    " inception")
     add("--interval", type=numbers, metavar="A,B", help="guide only while t (dar: the share of tokens, madformer:"
                                                         " t / 1000) is in A .. B")
     add("--steps", type=int, help="denoising steps (madformer: of each block)")
@@ -86,7 +93,7 @@ def arguments():
     add("--prefix-tokens", type=counts, metavar="K[,K...]", help="dar: how many; of several, a row for each")
     add("--reconstruct", nargs="+", metavar="FILE", help="dar: picture files, a folder, or a data set's name (its test"
                                                          " images): original, previews, reconstruction")
-    add("--data-root", default="data", help="where --reconstruct finds named data sets")
+    add("--data-root", default="data", help="where --reconstruct and --cfg-sweep find named data sets")
     args = parser.parse_args()
     for name in ("n", "batch_size", "steps", "nfe", "rounds", "features", "tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -105,10 +112,14 @@ def arguments():
         parser.error(f"--solver is {' or '.join(SOLVERS[args.model])}, not {args.solver}")
     if isinstance(args.cfg, list) and args.model != "transdiff":
         parser.error("--cfg with commas is for TransDiff's rounds: give one scale, or first:last")
+    if args.cfg_sweep and (args.cfg is not None or Path(args.out).suffix):
+        parser.error("--cfg-sweep goes without --cfg, and its --out is a folder")
+    if not args.cfg_sweep and (args.fid_reference or args.fid_features):
+        parser.error("--fid-reference and --fid-features belong to --cfg-sweep")
     if args.ckpt and (args.run or args.raw):
         parser.error("--ckpt does not go with --run or --raw")
-    for name in {"raw", "classes", "precision", "cfg", "interval", "temperature", "top_k", "top_p", "tokens", "stream",
-                 "prefix_image", "prefix_tokens"} & given:
+    for name in {"raw", "classes", "precision", "cfg", "cfg_sweep", "interval", "temperature", "top_k", "top_p",
+                 "tokens", "stream", "prefix_image", "prefix_tokens"} & given:
         if args.reconstruct:
             parser.error(f"--reconstruct does not go with --{name.replace('_', '-')}: no tokens are generated")
     if bool(args.prefix_image) != (args.prefix_tokens is not None):
@@ -134,6 +145,11 @@ def guidance(text):
     def one(part):
         return tuple(float(x) for x in part.split(":")) if part.count(":") == 1 else float(part)
     return [one(part) for part in text.split(",")] if "," in text else one(text)
+
+
+def scales(text):
+    """Guidance scales to compare, as they are written."""
+    return {part: guidance(part) for part in text.split(",")}
 
 
 def run_file(args, stages):
@@ -201,13 +217,21 @@ def class_ids(text, names, count):
 
 
 def main():
-    """Samples this rank's share into a table on disk; rank 0 makes the file or folder of it."""
+    """Pictures, reconstructions, or a sweep."""
     args = arguments()
     rank, world, device = common.distributed(args.device)
     if args.reconstruct:
         if world > 1:
             raise UserError("--reconstruct is a job for one process")
-        return reconstruct(args, device)
+        reconstruct(args, device)
+    else:
+        (sweep if args.cfg_sweep else draw)(args, rank, world, device)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def draw(args, rank, world, device):
+    """Samples this rank's share into a table on disk; rank 0 makes the file or folder of it."""
     module = MODELS[args.model]
     model, first, about = load(args, device)
     config, names = model.config, about.pop("classes")
@@ -261,6 +285,9 @@ def main():
     if args.prompt:
         meta |= {"prompt": args.prompt, "classes": None}
     meta = json.loads(json.dumps(meta))
+    beside = Path(args.out, "meta.json") if kind == "folder" else Path(args.out).with_suffix(".meta.json")
+    if args.cfg_sweep and beside.exists() and meta.items() <= json.loads(beside.read_text()).items():
+        return  # of a sweep that was interrupted
     if precision == "bf16":
         for linear in (part for part in model.modules() if isinstance(part, torch.nn.Linear)):
             linear.bfloat16()  # once: autocast would do it again at each step
@@ -319,7 +346,6 @@ def main():
                 f"{d:.3f} with {k} tokens" for k, d in zip(prefixes, meta["distance_to_reference"], strict=True)))
             headings = [f"{k} tokens" for k in prefixes] if len(prefixes) > 1 else None
         write(Path(args.out), kind, rows.rows, labels, names, len(classes), args.stream, headings)
-        beside = Path(args.out, "meta.json") if kind == "folder" else Path(args.out).with_suffix(".meta.json")
         facts = {name: int(value) if value == int(value) else value
                  for name, value in ((name, round(value, 4)) for name, value in facts.items())}
         with common.atomic(beside) as f:
@@ -328,8 +354,38 @@ def main():
         speed = f", {len(todo) * world / took:.2f} images/s" if todo else ""
         print(f"wrote {args.out} and {beside}: {n} images{speed}"
               + "".join(f"; {k.replace('_', ' ')} {v}" for k, v in facts.items()))
-    if world > 1:
-        dist.destroy_process_group()
+
+
+def sweep(args, rank, world, device):
+    """--cfg-sweep: sets that differ in their guidance alone, a grid with a row for each, a table of their numbers."""
+    model, _, about = load(args, device)
+    reference, folder, numbers = args.fid_reference or about.get("data"), Path(args.out), {}
+    if not args.fid_reference and not fid.named(reference):
+        raise UserError("--cfg-sweep: say with --fid-reference what the samples are compared to")
+    judge = fid.Judge(reference, args.fid_features or ("classifier" if about.get("size") == "tiny" else "inception"),
+                      size=model.config.image_size, data_root=args.data_root, device=device)
+    files = {text: folder / f"cfg-{text.replace(':', '-')}.npz" for text in args.cfg_sweep}
+    for text, file in files.items():
+        draw(argparse.Namespace(**{**vars(args), "cfg": args.cfg_sweep[text], "out": str(file)}), rank, world, device)
+        numbers[text] = judge.results(fid.Source(file))
+    if rank > 0:
+        return
+    rows = []
+    for file in files.values():
+        images = fid.stored_array(file, "arr_0")
+        rows.append(torch.from_numpy(images[np.linspace(0, len(images) - 1, min(20, len(images))).astype(int)]))
+    sheet = common.grid(torch.cat(rows).permute(0, 3, 1, 2), len(rows[0]), [f"cfg {text}" for text in files])
+    common.save_picture(folder / "sweep.png", sheet)
+    columns = [name for name, value in numbers[text].items() if isinstance(value, float)]
+    table = [["cfg", *(fid.NAMES.get(name, name) for name in columns)], ["---"] * (1 + len(columns)),
+             *([text, *(f"{found[name]:.4g}" for name in columns)] for text, found in numbers.items())]
+    table = "".join(f"| {' | '.join(row)} |\n" for row in table)
+    with common.atomic(folder / "sweep.md") as f:
+        f.write(table.encode())
+    with common.atomic(folder / "sweep.json") as f:
+        f.write(json.dumps({"reference": reference, "features": judge.name, **numbers}, indent=1).encode())
+    print(f"{table}{numbers[text]['n']:,} images each; reference {reference}, {numbers[text]['reference_n']:,} images;"
+          f" {judge.name}\nwrote {folder}/sweep.png, sweep.md, sweep.json and {len(files)} sets")
 
 
 def picture_file(path, size):

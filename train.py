@@ -3,6 +3,7 @@
     python train.py --model transdiff                                    # drawn shapes, on a laptop
     python train.py --model dar --data fashion-mnist
     python train.py --model madformer --data FOLDER --set diffusion_depth=2
+    python train.py --model transdiff --data fashion-mnist --fid-every 500    # FD-classifier in the log
     torchrun --nproc_per_node 8 train.py --model dar --size l --data /data/imagenet/train --accumulate 4
     torchrun --nproc_per_node 8 train.py --model transdiff --size l --data /data/imagenet/train --vae kl16.ckpt
 
@@ -33,6 +34,7 @@ import torch.nn as nn
 
 import common
 import dar
+import fid
 import madformer
 import transdiff
 from common import UserError
@@ -69,15 +71,23 @@ def arguments():
     add("--log-every", type=int, default=50, metavar="N", help="steps (default: 50)")
     add("--save-every", type=int, default=500, metavar="N", help="steps (default: 500)")
     add("--sample-every", type=int, default=1000, metavar="N", help="steps between sample grids (default: 1000)")
+    add("--fid-every", type=int, metavar="N", help="steps between evaluations of samples (default: never)")
+    add("--fid-samples", type=int, default=1000, metavar="M", help="images that are evaluated (default: 1000)")
+    add("--fid-reference", metavar="SET", help="as REFERENCE of fid.py (default: the data, or the test images of a"
+                                                     " named set)")
+    add("--fid-features", choices=("inception", "classifier"), help="default: classifier for tiny, else inception")
     add("--tensorboard", action="store_true", help="also log to TensorBoard, if it is installed")
     add("--seed", type=int, default=0)
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="override fields of the model's Config")
     args = parser.parse_args()
-    for name in ("steps", "epochs", "batch_size", "accumulate", "lr", "log_every", "save_every", "sample_every"):
+    for name in ("steps", "epochs", "batch_size", "accumulate", "lr", "log_every", "save_every", "sample_every",
+                 "fid_every"):
         if (value := getattr(args, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} is more than 0, not {value}")
     if args.seed < 0:
         parser.error(f"--seed is 0 or more, not {args.seed}")
+    if args.fid_samples < 4:
+        parser.error(f"--fid-samples is 4 or more, not {args.fid_samples}")
     args.out = Path(args.out or f"runs/{args.model}")
     return args
 
@@ -186,6 +196,12 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
               f"{step:,} to {steps:,} of {world} x {args.accumulate} x {micro} samples"
               f"{f' of {group} images' * (group > 1)}; {device.type}, {precision}{', compiling' * compiled}; "
               f"{memory(device):.2f} GB used")
+    judge = None
+    if first and args.fid_every:
+        judge = fid.Judge(args.fid_reference or args.data, size=config.image_size, data_root=args.data_root,
+                          features=args.fid_features or ("classifier" if args.size == "tiny" else "inception"),
+                          device=device)
+        judge.side  # a reference that is no good ends the run before it begins
     log = Log(folder, step, args.tensorboard) if rank == 0 else None
     stage.ready(module, config)
     if compiled:
@@ -217,6 +233,21 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
         if rank == 0:
             sheet = common.grid(pictures[:len(shown) * per].cpu(), COLUMNS * per, row_names)
             common.save_picture(folder / f"samples/step_{step:06d}.png", sheet)
+
+    def evaluate():
+        found, n = fid.Features(), args.fid_samples
+        mine = np.array_split(np.arange(n), world)[rank]
+        for index in np.array_split(mine, range(64, len(mine), 64)) if len(mine) else ():
+            labels = torch.from_numpy(index * config.classes // n)  # balanced, in the order of sample.py
+            noise = common.Noise.of(args.seed, index.tolist(), device)
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                images, _ = MODELS[args.model].generate(ema, first, labels.to(device), noise)
+            found.add(*judge.look(common.to_uint8(images).permute(0, 2, 3, 1)), labels.numpy())
+        found = found.gathered()
+        if rank == 0:
+            numbers = judge.measure(found)
+            log(step=step, **numbers, features=judge.name)
+            common.tqdm.write(f"step {step}, EMA: {fid.line(numbers)}")
 
     stop = Stop()
     skipped = in_a_row = 0
@@ -274,6 +305,10 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
             grids()
         if step % args.save_every == 0 or step == steps or halt:
             checkpoint()
+        if judge and (step % args.fid_every == 0 or step == steps) and not halt:
+            begun = time.perf_counter()
+            evaluate()
+            since += time.perf_counter() - begun
         if halt:
             bar.close()
             if world > 1:
@@ -451,7 +486,7 @@ class Log:
         with open(self.path, "a") as f:
             f.write(json.dumps(values) + "\n")
         for name, value in values.items():
-            if self.board:
+            if self.board and not isinstance(value, str):
                 self.board.add_scalar(name, value, values["step"])
 
 

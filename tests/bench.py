@@ -3,6 +3,7 @@
     python tests/bench.py [--model transdiff] [--device cpu] [--size tiny] [--batch 8] [--steps 25] [--repeats 5]
     python tests/bench.py --model dar --tokens 256
     python tests/bench.py --model madformer --set image_size=64
+    python tests/bench.py --model fid                      # features, and the trace term of a distance
 
 Random weights. The ways run in turn; a row gives the median of each with its range, and the ratio of the medians.
 """
@@ -14,11 +15,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import scipy.linalg
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import dar  # noqa: E402
+import fid  # noqa: E402
 import madformer  # noqa: E402
 import transdiff  # noqa: E402
 
@@ -162,10 +166,40 @@ def bench_madformer(args, device):
           f" {gaps[0]:.1e}, {gaps[1]:.1e}")
 
 
+def bench_fid(args, device):
+    """Features with folded norms and channels last, and without; the trace term for full and for deficient rank."""
+    torch.manual_seed(0)
+    plain, folded = fid.Inception(), fid.Inception()
+    state = {name: torch.rand_like(v) + 0.5 if "running_var" in name else v for name, v in plain.state_dict().items()}
+    for network in (plain, folded):
+        network.load_state_dict(state)
+    plain, folded = plain.to(device), folded.folded().to(device)
+    images = torch.randint(0, 256, (args.batch, 256, 256, 3), dtype=torch.uint8, device=device)
+
+    def way(network):
+        return torch.inference_mode()(lambda: network(fid.resize_tf1(images))[0])
+
+    (slow, fast), (a, b) = measured((way(plain), way(folded)), args.repeats, device)
+    print(f"  features plain {show(slow)}   folded, channels last {show(fast)}, "
+          f"{args.batch / statistics.median(fast):.1f} images/s   {ratio(slow, fast)}   largest difference"
+          f" {(a - b).abs().max() / a.abs().max():.1e}")
+    rng, d = np.random.default_rng(0), 2048
+    for title, n in (("full rank", 3 * d), (f"rank {d // 2}", d // 2 + 1)):
+        s, t = (np.cov((rng.standard_normal((n, d)) * np.arange(1, d + 1) ** -0.3).T) for _ in range(2))
+        spent, traces = [], []
+        for call in (lambda s=s, t=t: np.trace(scipy.linalg.sqrtm(s @ t)).real, lambda s=s, t=t: fid.trace_sqrt(s, t)):
+            begun = time.process_time()
+            traces.append(call())
+            spent.append(time.process_time() - begun)
+        print(f"  trace, {d} dimensions, {title}: CPU seconds of sqrtm of the product {spent[0]:.1f}, of symmetric matrices"
+              f" {spent[1]:.1f}, {spent[0] / spent[1]:.1f} x   relative difference"
+              f" {abs(traces[0] - traces[1]) / traces[1]:.1e}")
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="transdiff", choices=("transdiff", "dar", "madformer"))
+    parser.add_argument("--model", default="transdiff", choices=("transdiff", "dar", "madformer", "fid"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--batch", type=int, default=8)
@@ -175,10 +209,11 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     device = torch.device(args.device)
-    guidance = "no guidance" if args.model == "madformer" else "guidance 1.5"
+    guidance = "guidance 1.5" if args.model in ("transdiff", "dar") else "no guidance"
     print(f"{args.model} {args.size}, batch {args.batch}, {guidance}, float32, {device}, {torch.get_num_threads()} "
           f"threads, torch {torch.__version__}; seconds: median (range) of {args.repeats}")
-    {"transdiff": bench_transdiff, "dar": bench_dar, "madformer": bench_madformer}[args.model](args, device)
+    {"transdiff": bench_transdiff, "dar": bench_dar, "madformer": bench_madformer,
+     "fid": bench_fid}[args.model](args, device)
 
 
 if __name__ == "__main__":
