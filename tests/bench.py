@@ -186,14 +186,14 @@ def bench_fid(args, device):
     rng, d = np.random.default_rng(0), 2048
     for title, n in (("full rank", 3 * d), (f"rank {d // 2}", d // 2 + 1)):
         s, t = (np.cov((rng.standard_normal((n, d)) * np.arange(1, d + 1) ** -0.3).T) for _ in range(2))
-        spent, traces = [], []
-        for call in (lambda s=s, t=t: np.trace(scipy.linalg.sqrtm(s @ t)).real, lambda s=s, t=t: fid.trace_sqrt(s, t)):
-            begun = time.process_time()
-            traces.append(call())
-            spent.append(time.process_time() - begun)
-        print(f"  trace, {d} dimensions, {title}: CPU seconds of sqrtm of the product {spent[0]:.1f}, of symmetric matrices"
-              f" {spent[1]:.1f}, {spent[0] / spent[1]:.1f} x   relative difference"
-              f" {abs(traces[0] - traces[1]) / traces[1]:.1e}")
+        spent, traces = ([], []), [0, 0]
+        for _ in range(3):
+            for k, call in enumerate((lambda: np.trace(scipy.linalg.sqrtm(s @ t)).real, lambda: fid.trace_sqrt(s, t))):
+                begun = time.process_time()
+                traces[k] = call()
+                spent[k].append(time.process_time() - begun)
+        print(f"  trace, {d} dimensions, {title}, CPU seconds: sqrtm of the product {show(spent[0])}   of symmetric"
+              f" matrices {show(spent[1])}   {ratio(*spent)}   relative difference {abs(traces[0] - traces[1]) / traces[1]:.1e}")
 
 
 def main():
