@@ -286,10 +286,11 @@ def trace_sqrt(a, b):
     """
     rounding = len(a) * np.finfo(float).eps  # as a share of the largest eigenvalue
     with contextlib.suppress(scipy.linalg.LinAlgError):
-        R, S = (scipy.linalg.cholesky(c, lower=True) for c in (a, b))
+        R, S = (scipy.linalg.cholesky(c, lower=True, check_finite=False) for c in (a, b))
         if all(L.diagonal().min() ** 2 > rounding * L.diagonal().max() ** 2 for L in (R, S)):
-            M = scipy.linalg.blas.dtrmm(1, S, R, lower=True, trans_a=True)  # S^T R: triangular, so half the work
-            return np.sqrt(scipy.linalg.eigvalsh(M.T @ M).clip(0)).sum()
+            M = scipy.linalg.blas.dtrmm(1, S, R, lower=True, trans_a=True)    # S^T R, half the work of a matrix product
+            square = scipy.linalg.blas.dsyrk(1, M, lower=True, trans=True)    # M^T M, its lower half
+            return np.sqrt(scipy.linalg.eigvalsh(square, overwrite_a=True, check_finite=False).clip(0)).sum()
     roots = []
     for c in (a, b):
         w, Q = scipy.linalg.eigh(c)

@@ -193,7 +193,8 @@ def bench_fid(args, device):
                 traces[k] = call()
                 spent[k].append(time.process_time() - begun)
         print(f"  trace, {d} dimensions, {title}, CPU seconds: sqrtm of the product {show(spent[0])}   of symmetric"
-              f" matrices {show(spent[1])}   {ratio(*spent)}   relative difference {abs(traces[0] - traces[1]) / traces[1]:.1e}")
+              f" matrices {show(spent[1])}   {ratio(*spent)}   relative difference"
+              f" {abs(traces[0] - traces[1]) / traces[1]:.1e}")
 
 
 def main():
