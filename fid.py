@@ -493,8 +493,8 @@ class Classifier(nn.Module):
 
 def load_classifier(reference, data_root, cache, device):
     """(classifier, first digits of its hash) of a labelled reference; of a named set, of its training images. Trained
-    once, in three epochs (of at most 60,000 images), and kept beside the reference, or in `cache` where that cannot be
-    written. Raises UserError if there are no labels."""
+    once, for three epochs (of at most 60,000 images) or 100 steps, and kept beside the reference, or in `cache` where
+    that cannot be written. Raises UserError if there are no labels."""
     if reference.labels is None or not reference.n:
         raise UserError(f"--features classifier: {reference.path} has no labels: give a named data set, class folders,"
                         " or an .npz with arr_1")
@@ -511,7 +511,7 @@ def load_classifier(reference, data_root, cache, device):
         network = Classifier(int(reference.labels.max()) + 1, side).to(device)
     places = [path.with_name(name), *([cache / f"{reference.digest}-{name}"] if cache else [])]
     for file in places:
-        if file.exists() and (saved := common.read(file)).get("digest") == reference.digest:
+        if file.is_file() and (saved := common.read(file)).get("digest") == reference.digest:
             common.load_strict(network, saved["model"], file)
             return network.eval().requires_grad_(False), common.fingerprint(network)[:8]
     images, labels = [], []
@@ -520,13 +520,15 @@ def load_classifier(reference, data_root, cache, device):
             images.append(common.to_uint8(network.resize(torch.from_numpy(image)[None])))
             labels.append(int(reference.labels[i]))
     images, labels = torch.cat(images), torch.tensor(labels)
-    steps = 3 * -(-len(images) // 128)
+    batches = math.ceil(len(images) / 128)
+    epochs = max(3, math.ceil(100 / batches))
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * batches)
     shuffle = torch.Generator().manual_seed(0)
-    bar = common.progress(steps, "training a classifier", "step")
+    bar = common.progress(epochs * batches, "training a classifier", "step")
     with torch.enable_grad():
-        for index in (part for _ in range(3) for part in torch.randperm(len(images), generator=shuffle).split(128)):
+        order = (torch.randperm(len(images), generator=shuffle) for _ in range(epochs))
+        for index in itertools.chain.from_iterable(epoch.split(128) for epoch in order):
             logits = network(common.to_float(images[index].to(device)))[2]
             optimizer.zero_grad()
             F.cross_entropy(logits, labels[index].to(device)).backward()
@@ -677,6 +679,19 @@ class Judge:
         """The reference's features and statistics."""
         return self.features(self.reference, images=self.metrics is None or "pr" in self.metrics)
 
+    @functools.cached_property
+    def floor(self):
+        """The distance between two random halves of the reference's images: what samples can hardly get below at half
+        its size. None where the reference has too few images, or statistics alone."""
+        rows, halves = self.side.get("rows", ()), []
+        if len(rows) < 4:
+            return None
+        order = np.random.RandomState(0).permutation(len(rows))
+        for part in (order[::2], order[1::2]):
+            halves.append(Moments())
+            halves[-1].add(rows[part])
+        return frechet(*(half.gaussian() for half in halves))
+
     def results(self, source):
         """The numbers of a source, on rank 0: found again by content if they were computed before."""
         about = [source.digest, self.reference.digest, self.name, self.metrics, self.is_rule] if ranks()[0] == 0 else ""
@@ -710,8 +725,8 @@ class Judge:
         if wanted("fid", True, ""):
             numbers["fid" if self.inception else "fd_classifier"] = frechet(
                 *((side["mu"], side["sigma"]) for side in (samples, reference)))
-            if len(reference.get("rows", ())) >= 4:
-                numbers["floor"] = floor(reference["rows"])
+            if self.floor is not None:
+                numbers["floor"] = self.floor
         if wanted("sfid", "mu_s" in both, "mu_s and sigma_s are not known of both sides"):
             numbers["sfid"] = frechet(*((side["mu_s"], side["sigma_s"]) for side in (samples, reference)))
         if wanted("is", self.inception and "logits" in samples, "needs the samples' images, and Inception"):
@@ -724,16 +739,6 @@ class Judge:
             numbers["precision"], numbers["recall"] = precision_recall(samples["rows"], reference["rows"], device=where)
         return {**numbers, "n": int(samples["n"]), "reference_n": int(reference["n"]),
                 "broken": int(samples.get("broken", 0))}
-
-
-def floor(rows):
-    """The Frechet distance between two random halves of a set: what samples can hardly get below at half its size."""
-    halves, order = [], np.random.RandomState(0).permutation(len(rows))
-    for part in (order[::2], order[1::2]):
-        moments = Moments()
-        moments.add(rows[part])
-        halves.append(moments.gaussian())
-    return frechet(*halves)
 
 
 def ranks():

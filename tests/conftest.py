@@ -1,8 +1,10 @@
-"""The repository's root on the path, one thread (small tensors, and the same sums on every machine), and a file in the
-layout of the published Inception weights."""
+"""What several test files need: the repository's root on the path, one thread (small tensors, and the same sums on
+every machine), commands, and a file in the layout of the published Inception weights."""
 import json
 import math
 import os
+import signal
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -12,14 +14,50 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+
+import common  # noqa: E402
+import fid  # noqa: E402
+
+
+def run(*command, cwd=None, code=0):
+    """A command as a user types it; its output."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=ENV, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == code, done.stderr[-3000:]
+    assert code == 0 or "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def torchrun(n, *command, cwd=None):
+    return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, "--", *command, cwd=cwd)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """train.main or sample.main with these arguments, here: quicker than a process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        module.main()
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def refusal(in_process, capsys, module, *arguments):
+    """What a command says that is refused."""
+    with pytest.raises((common.UserError, SystemExit)) as caught:
+        in_process(module, *arguments)
+    return str(caught.value) if isinstance(caught.value, common.UserError) else capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory):
     """Random weights in the published layout, by the recipe of tests/fixtures/inception.npz."""
-    import fid
     folder = Path(os.environ.get("PARITY_FIXTURES", ROOT / "tests" / "fixtures"))
     with np.load(folder / "inception.npz", allow_pickle=False) as content:
         seed = json.loads(str(content["meta"]))["weights_seed"]

@@ -2,27 +2,28 @@
 import argparse
 import ast
 import json
-import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import ENV, ROOT, refusal, run, torchrun
 from PIL import Image
 
 import common
 import dar
+import fid
 import sample
 import train
 import transdiff
 
-ROOT = Path(__file__).resolve().parent.parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SMALL = ["--image-size", "16", "--device", "cpu", "--workers", "0", "--batch-size", "8", "--log-every", "1",
          "--set", "dim=32", "heads=2", "depth=2", "ar_depth=1", "features=16", "class_tokens=4", "dropout=0.1",
          "vae.width=8", "vae.channels=4", "vae.groups=4", "steps=3"]
@@ -36,19 +37,6 @@ MAD = ["--model", "madformer", *SMALL[:SMALL.index("--set")], "--set", "dim=64",
        "vae.groups=4", "steps=3", "text_drop=0.1"]
 
 
-def run(*command, cwd=None, code=0):
-    """A command as a user types it; its output."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=ENV, capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == code, done.stderr[-3000:]
-    assert code == 0 or "Traceback" not in done.stderr
-    return done.stdout + done.stderr
-
-
-def torchrun(n, *command, cwd=None):
-    return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, "--", *command, cwd=cwd)
-
-
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A folder of three classes of real PNGs, few enough to be cached in a moment."""
@@ -58,26 +46,6 @@ def pictures(tmp_path_factory):
         for k in range(6):
             common.draw_shape(10 * k + label, 16).save(root / name / f"{k}.png")
     return root
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """train.main or sample.main with these arguments, here: quicker than a process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        module.main()
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def refusal(in_process, capsys, module, *arguments):
-    """What a command says that is refused."""
-    with pytest.raises((common.UserError, SystemExit)) as caught:
-        in_process(module, *arguments)
-    return str(caught.value) if isinstance(caught.value, common.UserError) else capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +103,6 @@ def test_a_run_leaves_what_the_readme_says(trained):
 
 
 def test_finished_stages_are_skipped_and_longer_ones_go_on(trained, in_process, pictures, tmp_path, capsys):
-    import shutil
     shutil.copytree(trained, tmp_path / "run")
     arguments = ["--model", "transdiff", "--data", pictures, "--out", tmp_path / "run", *SMALL]
     in_process(train, "--steps", 2, *arguments)
@@ -212,7 +179,6 @@ def test_a_damaged_state_falls_back_to_the_one_before(trained, in_process, pictu
 @pytest.mark.parametrize("stage,steps", [("vae", 4), ("mrar", 3)])
 def test_two_processes_are_one_with_the_same_batch(trained, pictures, tmp_path, stage, steps):
     """torchrun with two ranks, and one process with two micro-batches: the same images, draws, losses and gradients."""
-    import shutil
     arguments = ["--model", "transdiff", "--data", pictures, "--stage", stage, "--steps", steps, *SMALL]
     for out in ("one", "two"):
         for earlier in ("vae", "1step"):
@@ -355,7 +321,6 @@ def test_killed_dar_runs_end_bit_equal(pictures, tmp_path):
 
 @pytest.mark.parametrize("stage", ["tokenizer", "ar"])
 def test_two_dar_processes_are_one_with_the_same_batch(trained_dar, pictures, tmp_path, stage):
-    import shutil
     arguments = ["--data", pictures, "--stage", stage, "--steps", 3, *DAR]
     for out in ("one", "two"):
         if stage == "ar":
@@ -436,7 +401,6 @@ def test_madformer_learns_the_names_of_the_folders(trained_mad):
 @pytest.mark.parametrize("changes", [[], ["text=0", "mlp_denoising=1", "hidden_weight=0"]])
 def test_killed_madformer_runs_end_bit_equal(trained_mad, pictures, tmp_path, changes):
     """As above; with frozen parts, too."""
-    import shutil
 
     def arguments(name):
         shutil.copytree(trained_mad / "vae", tmp_path / name / "vae", dirs_exist_ok=True)
@@ -457,7 +421,6 @@ def test_killed_madformer_runs_end_bit_equal(trained_mad, pictures, tmp_path, ch
 @pytest.mark.parametrize("changes", [[], ["text=0", "condition=0"], ["mlp_denoising=1", "shared=1"]])
 def test_two_madformer_processes_are_one_with_the_same_batch(trained_mad, pictures, tmp_path, changes):
     """Parameters that an ablation never uses must not stop two processes."""
-    import shutil
     arguments = ["--data", pictures, "--stage", "madformer", "--steps", 3, *MAD, *changes]
     for out in ("one", "two"):
         shutil.copytree(trained_mad / "vae", tmp_path / out / "vae")
@@ -781,6 +744,95 @@ def test_mistakes_in_sampling_madformer_are_one_line(trained_mad, in_process, tm
 
 # --- The house --------------------------------------------------------------------------------------------------------
 
+# --- Evaluation in training, and sweeps -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("model,small,stage", [("transdiff", SMALL, "mrar"), ("dar", DAR[2:], "ar"),
+                                               ("madformer", MAD[2:], "madformer")])
+def test_training_measures_what_sampling_and_fid_do(request, in_process, pictures, tmp_path, monkeypatch, model, small,
+                                                    stage):
+    """--fid-every logs the numbers of sample.py and fid.py at the same step, and changes nothing else."""
+    source = request.getfixturevalue({"transdiff": "trained", "dar": "trained_dar", "madformer": "trained_mad"}[model])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for out in ("with", "without"):
+        shutil.copytree(source, tmp_path / out)
+        in_process(train, "--model", model, "--data", pictures, "--out", out, "--stage", stage, "--steps", 3, *small,
+                   *(["--fid-every", 3, "--fid-samples", 9, "--seed", 0] if out == "with" else []))
+    *lines, found = log_of(tmp_path / "with" / stage)
+    assert [line["loss"] for line in lines] == [line["loss"] for line in log_of(tmp_path / "without" / stage)]
+    assert found["step"] == 3 and {"fd_classifier", "accuracy", "precision", "recall", "floor"} <= found.keys()
+    in_process(sample, "--model", model, "--run", "with", "--device", "cpu", "--n", 9, "--out", "s.npz")
+    in_process(fid, "s.npz", pictures, "--features", "classifier", "--device", "cpu")
+    again = json.loads((tmp_path / "s.fid.json").read_text())
+    assert again["weights"] == "EMA" and again["step"] == 3 and again["n"] == found["n"] == 9
+    for name in ("fd_classifier", "accuracy", "precision", "recall", "floor", "features"):
+        assert again[name] == (pytest.approx(found[name], rel=1e-4) if name != "features" else found[name]), name
+
+
+def test_two_processes_measure_the_same(trained, pictures, tmp_path, monkeypatch):
+    """Nine samples over two ranks: unequal shares."""
+    monkeypatch.setitem(ENV, "TORCH_HOME", str(tmp_path / "home"))
+    logs = []
+    for out, start in (("one", run), ("two", lambda *command, **where: torchrun(2, *command, **where))):
+        shutil.copytree(trained, tmp_path / out)
+        (tmp_path / out / "mrar" / "log.jsonl").unlink()
+        start(ROOT / "train.py", "--model", "transdiff", "--data", pictures, "--out", out, "--stage", "mrar", "--steps",
+              2, "--lr", 1e-4, "--fresh", *SMALL, "--fid-every", 2, "--fid-samples", 9,
+              *(["--accumulate", 2] if out == "one" else []), cwd=tmp_path)
+        logs.append(log_of(tmp_path / out / "mrar")[-1])
+    for name, value in logs[0].items():
+        assert logs[1][name] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), name
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--fid-every", "0"], "--fid-every is more than 0"), (["--fid-samples", "3"], "--fid-samples is 4 or more"),
+    (["--fid-every", "1", "--fid-reference", "nowhere"], "nowhere: no such folder or file"),
+    (["--fid-every", "1", "--fid-features", "inception"], "cannot download")])
+def test_mistakes_in_evaluation_end_a_run_before_it_begins(trained, in_process, pictures, tmp_path, monkeypatch, capsys,
+                                                           arguments, words):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("FID_WEIGHTS", raising=False)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=OSError("no network")))
+    shutil.copytree(trained / "vae", tmp_path / "run" / "vae")
+    said = refusal(in_process, capsys, train, "--model", "transdiff", "--data", pictures, "--out", tmp_path / "run",
+                   "--stage", "1step", "--steps", 1, *SMALL, *arguments)
+    assert words in said and not list((tmp_path / "run" / "1step").glob("*.pt"))
+
+
+def test_a_sweep_compares_guidance(trained, in_process, pictures, tmp_path, monkeypatch, capsys):
+    """One set for each scale, as --cfg makes it; a grid with a row for each; a table; and it goes on where it was."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", "transdiff", "--run", trained, "--device", "cpu", "--n", 6]
+    sweep = [*arguments, "--cfg-sweep", "1,2.5,1:4", "--fid-reference", pictures, "--out", "sweep"]
+    in_process(sample, *sweep)
+    said = capsys.readouterr().out
+    table = (tmp_path / "sweep" / "sweep.md").read_text()
+    assert table in said and "6 images each" in said
+    assert [line.split(" | ")[0] for line in table.splitlines()] == ["| cfg", "| ---", "| 1", "| 2.5", "| 1:4"]
+    assert "FD-classifier | floor | accuracy | precision | recall" in table and "FID" not in table
+    height, width = np.asarray(Image.open("sweep/sweep.png")).shape[:2]
+    assert height == 2 + 3 * 66 and width > 6 * 66
+    in_process(sample, *arguments, "--cfg", "1:4", "--out", "one.npz")
+    one, swept = (np.load(file) for file in ("one.npz", "sweep/cfg-1-4.npz"))
+    assert np.array_equal(one["arr_0"], swept["arr_0"]) and np.array_equal(one["arr_1"], swept["arr_1"])
+    numbers = json.loads(Path("sweep/sweep.json").read_text())
+    assert f"{numbers['2.5']['fd_classifier']:.4g}" in table
+
+    Path("sweep/cfg-2.5.meta.json").unlink()
+    drawn, generate = [], transdiff.generate
+    monkeypatch.setattr(transdiff, "generate", lambda *args, cfg, **options: drawn.append(cfg) or generate(
+        *args, cfg=cfg, **options))
+    in_process(sample, *sweep)
+    assert drawn == [2.5] and (tmp_path / "sweep" / "sweep.md").read_text() == table
+    for wrong, words in ((["--cfg", 2], "goes without --cfg"), (["--out", "x.png"], "its --out is a folder")):
+        assert words in refusal(in_process, capsys, sample, *sweep, *wrong)
+    sweep.remove("--fid-reference")
+    sweep.remove(pictures)
+    assert "say with --fid-reference" in refusal(in_process, capsys, sample, *sweep)
+    assert "belong to --cfg-sweep" in refusal(in_process, capsys, sample, *arguments, "--fid-features", "classifier")
+
+
 def test_only_the_named_packages_are_imported():
     """Nothing beyond torch, NumPy, SciPy, Pillow and tqdm at import; no model file imports another."""
     code = ("import sys; before = set(sys.modules); import train, sample; print(' '.join({m.split('.')[0] for m in "
@@ -792,8 +844,9 @@ def test_only_the_named_packages_are_imported():
                        "setuptools", "pytest", "pip", "packaging"}
     assert not {m.lower() for m in loaded} & (installed - asked - needed_by_torch)
     doors = {"common": set(), "transdiff": {"common"}, "dar": {"common"}, "madformer": {"common"},
-             "sample": {"common", "transdiff", "dar", "madformer"},
-             "train": {"common", "transdiff", "dar", "madformer"}}
+             "fid": {"common"},
+             "sample": {"common", "transdiff", "dar", "madformer", "fid"},
+             "train": {"common", "transdiff", "dar", "madformer", "fid"}}
     for room, may in doors.items():
         imported = {name for node in ast.walk(ast.parse((ROOT / f"{room}.py").read_text())) for name in (
             [alias.name for alias in node.names] if isinstance(node, ast.Import) else
