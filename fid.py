@@ -503,8 +503,8 @@ def load_classifier(reference, data_root, cache, device):
         path, reference = Path(data_root, name, "x"), Source(f"{name}:train", reference.size, data_root)
     else:
         path = reference.path.resolve()
-    first = next(image for i in range(reference.n) if (image := reference.read(i)) is not None)
-    side = max(8, min(64, *first.shape[:2]))
+    readable = (len(image) for i in range(reference.n) if (image := reference.read(i)) is not None)
+    side = max(8, min(64, next(readable, 0)))
     name = f"{'' if reference.named else path.stem + '-'}classifier-{side}.pt"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -519,6 +519,8 @@ def load_classifier(reference, data_root, cache, device):
         if (image := reference.read(i)) is not None:
             images.append(common.to_uint8(network.resize(torch.from_numpy(image)[None])))
             labels.append(int(reference.labels[i]))
+    if len(images) < 2 or min(labels) < 0:
+        raise UserError(f"--features classifier: {reference.path} has too few readable images, or labels below 0")
     images, labels = torch.cat(images), torch.tensor(labels)
     batches = math.ceil(len(images) / 128)
     epochs = max(3, math.ceil(100 / batches))
@@ -528,7 +530,7 @@ def load_classifier(reference, data_root, cache, device):
     bar = common.progress(epochs * batches, "training a classifier", "step")
     with torch.enable_grad():
         order = (torch.randperm(len(images), generator=shuffle) for _ in range(epochs))
-        for index in itertools.chain.from_iterable(epoch.split(128) for epoch in order):
+        for index in itertools.chain.from_iterable(epoch.tensor_split(batches) for epoch in order):
             logits = network(common.to_float(images[index].to(device)))[2]
             optimizer.zero_grad()
             F.cross_entropy(logits, labels[index].to(device)).backward()
@@ -638,18 +640,31 @@ class Judge:
             raise UserError(f"{source.path}: statistics of {known['features']}, not of {self.name}")
         if known and not (images and source.n):
             return {"n": 0, **known}
-        file = self.cache and self.cache / f"{agreed(lambda: source.digest)}-{self.name}.npz"
-        if file and agreed(file.exists):
-            with contextlib.suppress(ValueError, OSError, EOFError, zipfile.BadZipFile), np.load(file) as content:
-                return {**content, **known}
-        found = self.extract(source).gathered()
-        if found and file:
+        def load(file):
+            with np.load(file, allow_pickle=False) as content:
+                return dict(content)
+        found = self.kept(lambda: f"{source.digest}-{self.name}.npz", load, lambda: self.extract(source).gathered(),
+                          lambda f, made: np.savez(f, **made))
+        return found and {**found, **known}
+
+    def kept(self, name, load, make, store):
+        """load(file) if name() is in the cache and whole, else make(), stored by store(f, made); on rank 0, None
+        elsewhere. All ranks take part in make; the rest is rank 0's."""
+        found, first = None, ranks()[0] == 0
+        file = self.cache and first and self.cache / name()
+        if file:
+            with contextlib.suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, common.zlib.error):
+                found = load(file)
+        if agreed(found is not None):
+            return found
+        found = make()
+        if file:
             try:
                 with common.atomic(file) as f:
-                    np.savez(f, **found)
+                    store(f, found)
             except UserError as error:
-                print(f"note: {error}; features are not kept (--cache DIR names another place)")
-        return found and {**found, **known}
+                print(f"note: {error}; nothing is kept for the next time (--cache DIR names another place)")
+        return found
 
     def extract(self, source):
         """Features of this rank's share of the images. Of more than 100,000 only the moments are kept."""
@@ -694,24 +709,19 @@ class Judge:
 
     def results(self, source):
         """The numbers of a source, on rank 0: found again by content if they were computed before."""
-        about = [source.digest, self.reference.digest, self.name, self.metrics, self.is_rule] if ranks()[0] == 0 else ""
-        file = self.cache and self.cache / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.json"
-        if file and agreed(lambda: file.exists()):
-            with contextlib.suppress(ValueError, OSError):
-                return json.loads(file.read_text()) if ranks()[0] == 0 else None
-        samples = self.features(source, images=not self.metrics or bool({"is", "pr"} & {*self.metrics}))
-        self.side  # every rank takes part in it
-        if ranks()[0] > 0:
-            return None
-        numbers = self.measure(samples)
-        if file:
-            with contextlib.suppress(UserError), common.atomic(file) as f:
-                f.write(json.dumps(numbers).encode())
-        return numbers
+        def name():
+            about = [source.digest, self.reference.digest, self.name, self.metrics, self.is_rule]
+            return f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.json"
+        return self.kept(name, lambda file: json.loads(file.read_text()), lambda: self.measure(self.features(
+            source, images=not self.metrics or bool({"is", "pr"} & {*self.metrics}))),
+                         lambda f, numbers: f.write(json.dumps(numbers).encode()))
 
     def measure(self, samples):
-        """Numbers, by name, from the samples' features. Raises UserError for a metric asked for that cannot be had."""
-        reference, numbers = self.side, {}
+        """Numbers, by name, from the samples' features, on rank 0. Raises UserError for a metric that was asked for and
+        cannot be had."""
+        reference, numbers = self.side, {}  # all ranks take part in the reference's features
+        if samples is None:
+            return None
         both = samples.keys() & reference.keys()
         for which, side in (("samples", samples), ("reference", reference)):
             if "mu" not in side:
@@ -746,9 +756,9 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def agreed(ask):
-    """What `ask` says on rank 0, on all ranks."""
-    box = [ask() if ranks()[0] == 0 else None]
+def agreed(answer):
+    """Rank 0's answer, on all ranks."""
+    box = [answer]
     if dist.is_initialized():
         dist.broadcast_object_list(box)
     return box[0]

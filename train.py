@@ -243,9 +243,8 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 images, _ = MODELS[args.model].generate(ema, first, labels.to(device), noise)
             found.add(*judge.look(common.to_uint8(images).permute(0, 2, 3, 1)), labels.numpy())
-        found = found.gathered()
+        numbers = judge.measure(found.gathered())
         if rank == 0:
-            numbers = judge.measure(found)
             log(step=step, **numbers, features=judge.name)
             common.tqdm.write(f"step {step}, EMA: {fid.line(numbers)}")
 
