@@ -388,7 +388,7 @@ IDX = {  # name: (source, class names, {file: SHA-256 or its first digits})
         "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84d", "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44"})}
 CIFAR10_FILE = ("https://www.cs.toronto.edu/~kriz/", "cifar-10-binary.tar.gz",
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error,
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, RuntimeError, struct.error, zlib.error,
               Image.DecompressionBombError)  # what Pillow raises for files that are not what they seem
 
 
@@ -784,7 +784,7 @@ def cached(folder, data, size, first, views, workers=0):
     was interrupted.
     """
     device = next(first.parameters()).device
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = ranks()
     sample = views(data.read(0), size)
     shape = first.encode(to_float(torch.stack([from_pil(v) for v in sample]).to(device))).cpu().numpy()
     about = {"data": data.name, "key": data.key, "size": size, "weights": fingerprint(first), "views": views.__name__}
@@ -936,6 +936,11 @@ def distributed(device=None):
     return rank, world, device
 
 
+def ranks():
+    """(rank, world) of this process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 @contextlib.contextmanager
 def rank_zero_first():
     """Rank 0 runs the block before the others do (it downloads or creates, they find it)."""
@@ -971,9 +976,9 @@ def atomic(path, keep=False):
     keep: what was there stays as <stem>.previous<suffix>.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as f:
             yield f
             f.flush()
@@ -985,7 +990,8 @@ def atomic(path, keep=False):
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was there is"
                         " untouched") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def save(path, content, keep=False):

@@ -14,8 +14,8 @@ Idea      A network turns every image into 2048 features. FID (Heusel et al., 20
 Same as   torch-fidelity and the ADM suite with `--resize tf1`, the default (TransDiff, D-AR); pytorch-fid with
           `--resize pytorch` (MADFormer). Never compare numbers of other resizing, reference or number of samples.
 Inputs    SAMPLES and REFERENCE are each a folder of pictures; an .npz of uint8 images arr_0 (N, H, W, 3) and perhaps
-          labels arr_1; a file of statistics mu, sigma and perhaps mu_s, sigma_s (.npz or .pt); or a named data set:
-          fashion-mnist is its test images, fashion-mnist:train the others.
+          labels arr_1 (uncompressed, it is not read into memory); a file of statistics mu, sigma and perhaps mu_s,
+          sigma_s (.npz or .pt); or a named data set: fashion-mnist is its test images, fashion-mnist:train the others.
 """
 import argparse
 import collections
@@ -47,6 +47,7 @@ DIGEST = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SOURCE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 SIDE = 299  # pixels that the network sees
 METRICS = ("fid", "sfid", "is", "pr")
+KNOWN = {"arr_1", "mu", "sigma", "mu_s", "sigma_s", "n", "features"}  # of the entries of a file, besides arr_0
 NAMES = {"fid": "FID", "fd_classifier": "FD-classifier", "sfid": "sFID", "is": "IS"}  # as people write them
 
 
@@ -196,10 +197,10 @@ def load_inception(path=None):
         raise UserError(f"{file} is damaged (SHA-256 {digest[:8]}..., not {DIGEST[:8]}...): delete it and it is"
                         " downloaded again")
     network = Inception()
-    state = {name: tensor for name, tensor in common.read(file).items() if "num_batches_tracked" not in name}
+    state = {name: tensor for name, tensor in common.read(file).items() if "num_batches_tracked" not in str(name)}
     counters = {name: tensor for name, tensor in network.state_dict().items() if "num_batches_tracked" in name}
     common.load_strict(network, {**counters, **state}, file)
-    if digest != DIGEST:
+    if digest != DIGEST and common.ranks()[0] == 0:
         print(f"note: {file} is not the published file: its numbers compare with no others")
     return network.folded(), digest[:8]
 
@@ -371,13 +372,13 @@ class Source:
 
     def __init__(self, path, size=None, data_root="data"):
         self.path, self.size, self.meta = Path(path), size, {}
-        self.n, self.labels, self.statistics, self.lossy, self.broken = 0, None, {}, 0, []
+        self.n, self.labels, self.classes, self.statistics, self.lossy = 0, None, None, {}, 0
         self.named = named(path)
         if self.named:
             name, _, split = str(path).partition(":")
             self.size = size or 32
             data = common.load_data(name, data_root, self.size, split or "test")
-            self.n, self.labels, self.get = len(data.labels), data.labels, data.read
+            self.n, self.labels, self.classes, self.get = len(data.labels), data.labels, data.classes, data.read
             self.digest = f"{data.key}-{split or 'test'}-{self.size}"
         elif self.path.is_dir():
             self.open_folder()
@@ -387,8 +388,10 @@ class Source:
             raise UserError(f"{path}: no such folder or file, nor one of shapes, {', '.join(common.IDX)}, cifar10")
         beside = self.path / "meta.json" if self.path.is_dir() else self.path.with_suffix(".meta.json")
         if beside.is_file():
-            with contextlib.suppress(ValueError):
-                self.meta = json.loads(beside.read_text())
+            with contextlib.suppress(ValueError, TypeError, OSError):
+                self.meta = dict(json.loads(beside.read_text()))
+        if self.meta.get("prompt") or self.meta.get("labels") == "none":
+            self.labels = None  # they count prompts, or nothing
 
     def read(self, i):
         """Image i, uint8 (H, W, 3); None if it is broken, which is said."""
@@ -398,7 +401,6 @@ class Source:
                 image = common.centre_crop(image, self.size)
             return np.array(image)
         except common.UNREADABLE as error:
-            self.broken.append(i)
             common.tqdm.write(f"skipped broken file {self.files[i]}: {error}")
 
     def open_folder(self):
@@ -408,7 +410,7 @@ class Source:
             self.files, said = here, [re.search(r"_class(\d+)\.\w+$", p.name) for p in here]  # sample.py's names
             self.labels = np.array([int(found[1]) for found in said]) if all(said) else None
         else:
-            names, labels, classes = common.listing(self.path)
+            names, labels, self.classes = common.listing(self.path)
             self.files, self.labels = [self.path / name for name in names], np.array(labels)
         self.n, self.lossy = len(self.files), sum(p.suffix.lower() in (".jpg", ".jpeg") for p in self.files)
 
@@ -419,11 +421,15 @@ class Source:
 
     @functools.cached_property
     def digest(self):
-        """Sixteen hexadecimal digits that name the content."""
-        digest = hashlib.blake2b(str(self.size).encode())
+        """Sixteen hexadecimal digits that name what is read (of more than 100,000 files, their sizes and times)."""
+        digest = hashlib.blake2b(f"{self.size} {self.labels is None}".encode())
         for file in self.files:
-            digest.update(str(file.relative_to(self.path)).encode() if self.path.is_dir() else b"")
-            file_digest(file, digest)
+            digest.update(os.fsencode(file.relative_to(self.path)) if self.path.is_dir() else b"")
+            with contextlib.suppress(OSError):  # read() names the file
+                if len(self.files) > 100_000:
+                    digest.update(str((file.stat().st_size, file.stat().st_mtime_ns)).encode())
+                else:
+                    file_digest(file, digest)
         return digest.hexdigest()[:16]
 
     def open_file(self):
@@ -431,22 +437,27 @@ class Source:
         self.files = [self.path]
         try:
             if self.path.suffix != ".npz":
-                content, names = common.read(self.path), ()
-                content = {k: np.asarray(v) for k, v in content.items() if k in ("mu", "sigma", "mu_s", "sigma_s")}
+                content = common.read(self.path)
+                names, content = [*content], {k: np.asarray(content[k]) for k in KNOWN & content.keys()}
             else:
                 with np.load(self.path, allow_pickle=False) as archive:
-                    names = archive.files
-                    content = {k: archive[k] for k in names if k != "arr_0"}
+                    names, content = archive.files, {k: archive[k] for k in KNOWN & {*archive.files}}
             self.labels = content.pop("arr_1", None)
-            self.statistics = {k: v for k, v in content.items() if v.dtype.kind in "fiU"} if "mu" in content else {}
+            for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+                if {mean, covariance} & content.keys():
+                    m, s = content[mean], content[covariance]
+                    if m.ndim != 1 or s.shape != 2 * m.shape or not {m.dtype.kind, s.dtype.kind} <= {*"fiu"}:
+                        raise ValueError(f"{mean} is {m.dtype} {m.shape}, {covariance} {s.dtype} {s.shape}")
+            self.statistics = content if "mu" in content else {}
             if "arr_0" in names:
                 images = stored_array(self.path, "arr_0")
-                if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+                if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or 0 in images.shape[1:]:
                     raise ValueError(f"arr_0 is {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
                 self.n, self.get = len(images), lambda i: common.Image.fromarray(images[i])
-            elif "mu" not in content or "sigma" not in content:
-                raise ValueError(f"it has {', '.join(names) or 'nothing'}, neither arr_0 nor mu and sigma")
-        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, common.zlib.error) as error:
+            elif not self.statistics:
+                raise ValueError(f"it has {', '.join(map(str, names)) or 'nothing'}, neither arr_0 nor mu and sigma")
+        except (ValueError, TypeError, RuntimeError, OSError, KeyError, EOFError, zipfile.BadZipFile,
+                common.zlib.error) as error:
             raise UserError(f"{self.path}: neither images nor statistics: {error}") from None
         if self.labels is not None and (self.labels.shape != (self.n,) or self.labels.dtype.kind not in "iu"):
             self.labels = None
@@ -492,12 +503,12 @@ class Classifier(nn.Module):
 
 
 def load_classifier(reference, data_root, cache, device):
-    """(classifier, first digits of its hash) of a labelled reference; of a named set, of its training images. Trained
-    once, for three epochs (of at most 60,000 images) or 100 steps, and kept beside the reference, or in `cache` where
-    that cannot be written. Raises UserError if there are no labels."""
-    if reference.labels is None or not reference.n:
-        raise UserError(f"--features classifier: {reference.path} has no labels: give a named data set, class folders,"
-                        " or an .npz with arr_1")
+    """The classifier of a labelled reference; of a named set, of its training images. Trained once, for three epochs
+    (of at most 60,000 images) but 100 steps at least, and kept beside the reference, or in `cache` where that cannot be
+    written. Raises UserError if there are not two classes."""
+    if reference.labels is None or not reference.n or not 0 <= reference.labels.min() < reference.labels.max() < 10**5:
+        raise UserError(f"--features classifier: {reference.path} has no labels of two classes or more: give a named"
+                        " data set, class folders, or an .npz with arr_1")
     if reference.named:
         name = str(reference.path).partition(":")[0]
         path, reference = Path(data_root, name, "x"), Source(f"{name}:train", reference.size, data_root)
@@ -506,21 +517,22 @@ def load_classifier(reference, data_root, cache, device):
     readable = (len(image) for i in range(reference.n) if (image := reference.read(i)) is not None)
     side = max(8, min(64, next(readable, 0)))
     name = f"{'' if reference.named else path.stem + '-'}classifier-{side}.pt"
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Classifier(int(reference.labels.max()) + 1, side).to(device)
     places = [path.with_name(name), *([cache / f"{reference.digest}-{name}"] if cache else [])]
     for file in places:
-        if file.is_file() and (saved := common.read(file)).get("digest") == reference.digest:
-            common.load_strict(network, saved["model"], file)
-            return network.eval().requires_grad_(False), common.fingerprint(network)[:8]
+        with contextlib.suppress(UserError):  # it is damaged, or not there: another is trained
+            if (saved := common.read(file)).get("digest") == reference.digest:
+                common.load_strict(network, saved["model"], file)
+                return network.eval().requires_grad_(False)
     images, labels = [], []
     for i in np.linspace(0, reference.n - 1, min(reference.n, 60_000)).round().astype(int).tolist():
         if (image := reference.read(i)) is not None:
             images.append(common.to_uint8(network.resize(torch.from_numpy(image)[None])))
             labels.append(int(reference.labels[i]))
-    if len(images) < 2 or min(labels) < 0:
-        raise UserError(f"--features classifier: {reference.path} has too few readable images, or labels below 0")
+    if len(images) < 2:
+        raise UserError(f"--features classifier: {reference.path} has too few readable images")
     images, labels = torch.cat(images), torch.tensor(labels)
     batches = math.ceil(len(images) / 128)
     epochs = max(3, math.ceil(100 / batches))
@@ -545,7 +557,7 @@ def load_classifier(reference, data_root, cache, device):
         except UserError as error:
             if last == len(places):
                 print(f"note: {error}; the classifier is not kept")
-    return network.eval().requires_grad_(False), common.fingerprint(network)[:8]
+    return network.eval().requires_grad_(False)
 
 
 class Features:
@@ -568,12 +580,12 @@ class Features:
 
     def gathered(self):
         """Of all ranks, in their order: a dict of arrays on rank 0, None elsewhere."""
-        parts = [self]
-        if dist.is_initialized():
-            parts = [None] * dist.get_world_size()
-            dist.gather_object(self, parts if dist.get_rank() == 0 else None)
-            if dist.get_rank() > 0:
-                return None
+        rank, world = common.ranks()
+        parts = [self] * world
+        if world > 1:
+            dist.gather_object(self, parts if rank == 0 else None)
+        if rank > 0:
+            return None
         pool, spatial, whole = Moments(), Moments(), {}
         for part in parts:
             pool.merge(part.pool)
@@ -615,42 +627,53 @@ class Judge:
         self.cache = None if cache == "off" else Path(cache or Path(torch.hub.get_dir(), "fid"))
         self.reference = Source(reference, size, data_root) if reference else None
         with common.rank_zero_first():
-            network, digest = (load_inception(weights) if self.inception else
-                               load_classifier(self.reference, data_root, self.cache, device))
-        self.network = network.to(device)
-        self.resize = RESIZE[resize] if self.inception else network.resize
-        self.name = f"{features}-{digest}" + f"-{resize}" * self.inception
+            if self.inception:
+                self.network, digest = load_inception(weights)
+            else:
+                self.network, digest = load_classifier(self.reference, data_root, self.cache, device), ""
+        self.network.to(device)
+        for tensor in self.network.state_dict().values() if common.ranks()[1] > 1 else ():
+            dist.broadcast(tensor, 0)  # ranks that share no disk have trained classifiers of their own
+        self.resize = RESIZE[resize] if self.inception else self.network.resize
+        self.name = f"{features}-{digest or common.fingerprint(self.network)[:8]}" + f"-{resize}" * self.inception
 
     def look(self, images):
         """Features, spatial features (None of the classifier) and logits, arrays, of uint8 images: (B, H, W, 3), or a
         list of (H, W, 3)."""
-        if len({image.shape for image in images}) == 1:
-            images = [torch.stack(list(images))]
-        else:
-            images = [image[None] for image in images]
+        same = len({image.shape for image in images}) == 1
+        parts = [torch.stack(list(images))] if same else [image[None] for image in images]
         with exact(), torch.autocast(self.device.type, enabled=False):
-            found = self.network(torch.cat([self.resize(part.to(self.device)) for part in images]))
+            found = self.network(torch.cat([self.resize(part.to(self.device)) for part in parts]))
         return [part if part is None else part.cpu().numpy() for part in found]
 
     def features(self, source, images=False):
         """The source's features and statistics: a dict on rank 0, None elsewhere; from the cache if they are there.
         Statistics that the source holds itself go first; then its images are looked at only if asked to (images)."""
-        known = source.statistics
-        if known.get("features", self.name) != self.name:
+        known = source.statistics if self.inception else {}
+        if str(known.get("features", self.name)) != self.name:
             raise UserError(f"{source.path}: statistics of {known['features']}, not of {self.name}")
+        if len(known.get("mu", range(2048))) != 2048:
+            raise UserError(f"{source.path}: statistics of {len(known['mu'])} features, not of Inception's 2048")
+        if not known and not source.n:
+            raise UserError(f"{source.path}: --features classifier needs images, not statistics")
+        first = common.ranks()[0] == 0
         if known and not (images and source.n):
-            return {"n": 0, **known}
+            return {"n": 0, **known} if first else None
+
         def load(file):
             with np.load(file, allow_pickle=False) as content:
                 return dict(content)
         found = self.kept(lambda: f"{source.digest}-{self.name}.npz", load, lambda: self.extract(source).gathered(),
                           lambda f, made: np.savez(f, **made))
-        return found and {**found, **known}
+        if first and "mu" not in found and not known:
+            raise UserError(f"{source.path}: a covariance needs two images at least, there"
+                            f" {'is one' if found['n'] else 'are none'} that can be read")
+        return {**found, **known, "n": known.get("n", 0) if known else found["n"]} if first else None
 
     def kept(self, name, load, make, store):
         """load(file) if name() is in the cache and whole, else make(), stored by store(f, made); on rank 0, None
         elsewhere. All ranks take part in make; the rest is rank 0's."""
-        found, first = None, ranks()[0] == 0
+        found, first = None, common.ranks()[0] == 0
         file = self.cache and first and self.cache / name()
         if file:
             with contextlib.suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, common.zlib.error):
@@ -668,25 +691,28 @@ class Judge:
 
     def extract(self, source):
         """Features of this rank's share of the images. Of more than 100,000 only the moments are kept."""
-        rank, world = ranks()
+        rank, world = common.ranks()
+        labels, known = source.labels, self.reference and self.reference.classes
+        if source.classes and known and labels is not None:  # by name: samples may have some of the classes only
+            labels = np.array([known.index(name) if name in known else -1 for name in source.classes])[labels]
         mine = np.array_split(np.arange(source.n), world)[rank]
         chunks = iter(np.array_split(mine, range(self.batch, len(mine), self.batch)))
         found = Features(keep=source.n <= 100_000)
         bar = common.progress(len(mine), f"features of {source.path.name}", "img", rank)
         with ThreadPoolExecutor(4) as readers:
-            def ahead(chunk):  # a batch in each thread, and as many that wait
+            def ahead(chunk):  # a batch in each thread
                 return readers.submit(lambda: [(i, source.read(i)) for i in chunk.tolist()])
-            waiting = collections.deque(map(ahead, itertools.islice(chunks, 8)))
+            waiting = collections.deque(map(ahead, itertools.islice(chunks, 4)))
             while waiting:
                 read = waiting.popleft().result()
                 waiting.extend(map(ahead, itertools.islice(chunks, 1)))
                 index = [i for i, image in read if image is not None]
                 images = [torch.from_numpy(image) for _, image in read if image is not None]
                 if images:
-                    found.add(*self.look(images), None if source.labels is None else source.labels[index])
+                    found.add(*self.look(images), None if labels is None else labels[index])
+                found.broken += len(read) - len(images)
                 bar.update(len(read))
         bar.close()
-        found.broken = len(source.broken)
         return found
 
     @functools.cached_property
@@ -697,9 +723,9 @@ class Judge:
     @functools.cached_property
     def floor(self):
         """The distance between two random halves of the reference's images: what samples can hardly get below at half
-        its size. None where the reference has too few images, or statistics alone."""
+        its size. None where the reference has too few images, or comes with statistics."""
         rows, halves = self.side.get("rows", ()), []
-        if len(rows) < 4:
+        if len(rows) < 4 or (self.inception and self.reference.statistics):
             return None
         order = np.random.RandomState(0).permutation(len(rows))
         for part in (order[::2], order[1::2]):
@@ -723,10 +749,6 @@ class Judge:
         if samples is None:
             return None
         both = samples.keys() & reference.keys()
-        for which, side in (("samples", samples), ("reference", reference)):
-            if "mu" not in side:
-                raise UserError(f"the {which}: a covariance needs two images at least, there"
-                                f" {'is one' if side['n'] else 'are none'} that can be read")
 
         def wanted(metric, possible, why):
             if not possible and self.metrics and metric in self.metrics:
@@ -739,21 +761,18 @@ class Judge:
                 numbers["floor"] = self.floor
         if wanted("sfid", "mu_s" in both, "mu_s and sigma_s are not known of both sides"):
             numbers["sfid"] = frechet(*((side["mu_s"], side["sigma_s"]) for side in (samples, reference)))
-        if wanted("is", self.inception and "logits" in samples, "needs the samples' images, and Inception"):
+        known = self.inception and "logits" in samples
+        if wanted("is", known, "needs the samples' images (at most 100,000) and Inception"):
             numbers["is"], numbers["is_std"] = inception_score(
                 samples["logits"], **({"chunk": 5000, "shuffle": False} if self.is_rule == "adm" else {}))
-        if not self.inception and samples["asked"]:
+        if not self.inception and samples.get("asked"):
             numbers["accuracy"] = float(samples["right"] / samples["asked"])
-        if wanted("pr", "rows" in both, "needs images on both sides, at most 100,000 of each"):
+        enough = "rows" in both and min(len(samples["rows"]), len(reference["rows"])) > 3
+        if wanted("pr", enough, "needs images on both sides, more than 3 and at most 100,000 of each"):
             where = self.device if self.device.type == "cuda" else "cpu"  # Apple's GPUs have no float64
             numbers["precision"], numbers["recall"] = precision_recall(samples["rows"], reference["rows"], device=where)
         return {**numbers, "n": int(samples["n"]), "reference_n": int(reference["n"]),
                 "broken": int(samples.get("broken", 0))}
-
-
-def ranks():
-    """(rank, world) of this process."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def agreed(answer):
@@ -795,6 +814,8 @@ def arguments():
         parser.error("give a REFERENCE, or --save-stats FILE")
     if args.save_stats and args.features == "classifier":
         parser.error("--save-stats is for Inception's features")
+    if args.save_stats and (Path(args.save_stats).suffix != ".npz" or Path(args.save_stats) == Path(args.samples)):
+        parser.error("--save-stats writes a new .npz")
     if args.batch_size < 1 or (args.image_size or 8) < 8:
         parser.error("--batch-size is 1 or more, --image-size 8 or more")
     return args
@@ -810,10 +831,10 @@ def main():
     judge = Judge(args.reference, args.features, args.resize, args.weights, args.metrics, size, args.data_root,
                   args.cache, args.batch_size, device, args.is_rule)
     if args.save_stats:
+        if samples.statistics:
+            raise UserError(f"{samples.path} has statistics already")
         side = judge.features(samples)
         if rank == 0:
-            if "mu" not in side:
-                raise UserError(f"{samples.path}: statistics need two readable images at least")
             with common.atomic(args.save_stats) as f:
                 np.savez(f, **{k: side[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "n") if k in side},
                          features=judge.name)
@@ -829,11 +850,12 @@ def main():
 def report(args, samples, judge, numbers):
     """One line, and the same as JSON beside the samples (of a data set: here)."""
     meta = {k: samples.meta[k] for k in ("checkpoint", "step", "weights", "cfg", "steps", "seed") if k in samples.meta}
-    n = numbers["n"]
     about = {"samples": args.samples, "reference": args.reference, "features": judge.name, **meta}
+    if "is" in numbers:
+        about["is_rule"] = args.is_rule
+    if args.image_size:
+        about["image_size"] = args.image_size
     notes = {f"{samples.lossy:,} of the samples are JPEG, whose artefacts change the features": samples.lossy,
-             f"{n:,} samples: published numbers are of 50,000, and fewer give a larger FID":
-                 judge.inception and 0 < n < 10_000,
              f"{numbers['broken']:,} samples are broken and left out": numbers["broken"]}
     for note in (note for note, true in notes.items() if true):
         print(f"note: {note}")
@@ -851,7 +873,8 @@ def line(numbers):
     said = [f"{NAMES.get(k, k)} {v:.4g}" + (f" +- {numbers['is_std']:.2g}" if k == "is" else "")
             for k, v in numbers.items() if isinstance(v, float) and k != "is_std"]
     count, of = (f"{numbers[k]:,}" if numbers[k] else "statistics" for k in ("n", "reference_n"))
-    return f"{', '.join(said)} (N {count}, reference {of})"
+    few = "fid" in numbers and 0 < numbers["n"] < 10_000
+    return f"{', '.join(said)} (N {count}, reference {of})" + ": few samples, published FID is of 50,000" * few
 
 
 if __name__ == "__main__":

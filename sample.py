@@ -66,7 +66,7 @@ def arguments():
                                      " over the steps or tokens; 1,1.2,1.3,1.4: one for each MRAR round")
     add("--cfg-sweep", type=scales, metavar="A,B,...", help="samples with each of these guidance scales, in the"
                                                             " folder --out; one grid, and one table by fid.py")
-    add("--fid-reference", metavar="SET", help="--cfg-sweep: as REFERENCE of fid.py (default: the data set of the run)")
+    add("--fid-reference", metavar="SET", help="--cfg-sweep: as REFERENCE of fid.py (default: the run's named data)")
     add("--fid-features", choices=("inception", "classifier"), help="--cfg-sweep: default classifier for tiny, else"
                                                                     " inception")
     add("--interval", type=numbers, metavar="A,B", help="guide only while t (dar: the share of tokens, madformer:"
@@ -276,7 +276,8 @@ def draw(args, rank, world, device):
     precision = args.precision or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
     defaults = {name: getattr(config if hasattr(config, name) else first.config, name)
                 for name in SAMPLER[args.model] if hasattr(config, name) or hasattr(first.config, name)}
-    meta = {**about, **defaults, **options, "fuse": args.fuse, "seed": args.seed, "count": n, "labels": "balanced",
+    meta = {**about, **defaults, **options, "fuse": args.fuse, "seed": args.seed, "count": n,
+            "labels": "balanced" if getattr(config, "text", True) else "none",
             "classes": classes, "precision": precision, "torch": str(torch.__version__),
             **({"prefix_image": args.prefix_image, "prefix_tokens": prefixes} if args.prefix_image else {})}
     meta["steps"] = meta["steps"] or first.config.groups  # dar: 0 is one for each group
@@ -286,8 +287,9 @@ def draw(args, rank, world, device):
         meta |= {"prompt": args.prompt, "classes": None}
     meta = json.loads(json.dumps(meta))
     beside = Path(args.out, "meta.json") if kind == "folder" else Path(args.out).with_suffix(".meta.json")
-    if args.cfg_sweep and beside.exists() and meta.items() <= json.loads(beside.read_text()).items():
-        return  # of a sweep that was interrupted
+    if args.cfg_sweep and beside.exists() and Path(args.out).exists():
+        if meta.items() <= json.loads(beside.read_text()).items():
+            return  # of a sweep that was interrupted
     if precision == "bf16":
         for linear in (part for part in model.modules() if isinstance(part, torch.nn.Linear)):
             linear.bfloat16()  # once: autocast would do it again at each step
@@ -358,15 +360,19 @@ def draw(args, rank, world, device):
 
 def sweep(args, rank, world, device):
     """--cfg-sweep: sets that differ in their guidance alone, a grid with a row for each, a table of their numbers."""
-    model, _, about = load(args, device)
+    model, first, about = load(args, device)
+    size = model.config.image_size
+    del model, first  # draw loads them for each set
     reference, folder, numbers = args.fid_reference or about.get("data"), Path(args.out), {}
     if not args.fid_reference and not fid.named(reference):
         raise UserError("--cfg-sweep: say with --fid-reference what the samples are compared to")
     judge = fid.Judge(reference, args.fid_features or ("classifier" if about.get("size") == "tiny" else "inception"),
-                      size=model.config.image_size, data_root=args.data_root, device=device)
+                      size=size, data_root=args.data_root, device=device)
     files = {text: folder / f"cfg-{text.replace(':', '-')}.npz" for text in args.cfg_sweep}
     for text, file in files.items():
         draw(argparse.Namespace(**{**vars(args), "cfg": args.cfg_sweep[text], "out": str(file)}), rank, world, device)
+        if world > 1:
+            dist.barrier()  # rank 0 has written the file
         numbers[text] = judge.results(fid.Source(file))
     if rank > 0:
         return

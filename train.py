@@ -71,7 +71,8 @@ def arguments():
     add("--log-every", type=int, default=50, metavar="N", help="steps (default: 50)")
     add("--save-every", type=int, default=500, metavar="N", help="steps (default: 500)")
     add("--sample-every", type=int, default=1000, metavar="N", help="steps between sample grids (default: 1000)")
-    add("--fid-every", type=int, metavar="N", help="steps between evaluations of samples (default: never)")
+    add("--fid-every", type=int, metavar="N", help="steps between evaluations of samples (default: never; not of a VAE"
+                                                 " or tokenizer)")
     add("--fid-samples", type=int, default=1000, metavar="M", help="images that are evaluated (default: 1000)")
     add("--fid-reference", metavar="SET", help="as REFERENCE of fid.py (default: the data, or the test images of a"
                                                      " named set)")
@@ -113,6 +114,8 @@ def main():
     if args.init and args.stage == "all" and len([s for s in model.STAGES if s.carry and not s.start]) > 1:
         raise UserError(f"--init: say which stage starts from it, --stage {' or '.join(able)}")
     preset = model.PRESETS[args.size]
+    if args.fid_every and args.fid_reference:
+        fid.Source(args.fid_reference, data_root=args.data_root)  # a mistake shows now, not after the first stage
     data = common.load_data(args.data, args.data_root, args.image_size or preset.image_size)
     if rank == 0:
         print(f"data {data.name}: {len(data.labels):,} images, {len(data.classes)} classes")
@@ -201,7 +204,7 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
         judge = fid.Judge(args.fid_reference or args.data, size=config.image_size, data_root=args.data_root,
                           features=args.fid_features or ("classifier" if args.size == "tiny" else "inception"),
                           device=device)
-        judge.side  # a reference that is no good ends the run before it begins
+        judge.side  # a reference that is no good ends the stage before it begins
     log = Log(folder, step, args.tensorboard) if rank == 0 else None
     stage.ready(module, config)
     if compiled:
@@ -237,12 +240,13 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
     def evaluate():
         found, n = fid.Features(), args.fid_samples
         mine = np.array_split(np.arange(n), world)[rank]
-        for index in np.array_split(mine, range(64, len(mine), 64)) if len(mine) else ():
+        for index in np.array_split(mine, range(micro, len(mine), micro)) if len(mine) else ():
             labels = torch.from_numpy(index * config.classes // n)  # balanced, in the order of sample.py
             noise = common.Noise.of(args.seed, index.tolist(), device)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 images, _ = MODELS[args.model].generate(ema, first, labels.to(device), noise)
-            found.add(*judge.look(common.to_uint8(images).permute(0, 2, 3, 1)), labels.numpy())
+            found.add(*judge.look(common.to_uint8(images).permute(0, 2, 3, 1)),
+                      labels.numpy() if getattr(config, "text", True) else None)
         numbers = judge.measure(found.gathered())
         if rank == 0:
             log(step=step, **numbers, features=judge.name)

@@ -131,7 +131,7 @@ def test_every_kind_of_input_gives_the_same_numbers(images, evaluate, tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=a)
     exact, said = evaluate("a.npz", "b.npz", "--is-rule", "adm")
     assert {"fid", "sfid", "is", "precision", "recall", "floor"} <= exact.keys()
-    assert "8 samples: published numbers are of 50,000" in said and "inception-" in said and "tf1" in said
+    assert ": few samples, published FID is of 50,000" in said and "inception-" in said and "tf1" in said
     np.savez_compressed(tmp_path / "small.npz", arr_0=a, arr_1=y[:8])
     save_folder(tmp_path / "flat", a)
     save_folder(tmp_path / "classes", a, "class/{}.png")
@@ -153,7 +153,7 @@ def test_every_kind_of_input_gives_the_same_numbers(images, evaluate, tmp_path):
         assert {"fid", "sfid", "is", "precision", "recall"} & found.keys() == known, reference
         for name in known:
             assert found[name] == pytest.approx(exact[name], rel=1e-6), (reference, name)
-        assert ("reference statistics)" in said) == (reference != "adm.npz" and reference != "own.npz")
+        assert ("reference statistics)" in said) == (reference != "own.npz")
     pytorch, _ = evaluate("b.npz", "b.npz", "--resize", "pytorch", "--metrics", "is", "--is-rule", "adm")
     tf1, _ = evaluate("b.npz", "b.npz", "--metrics", "is", "--is-rule", "adm")
     assert abs(pytorch["is"] / tf1["is"] - 1) > 1e-3 and tf1["is_std"] == 0 and "fid" not in tf1
@@ -191,7 +191,8 @@ def test_pictures_of_all_sorts_are_read_and_broken_ones_named(images, evaluate, 
     found, said = evaluate("a", "b", "--metrics", "pr")
     assert found["n"] == 8 and "1 of the samples are JPEG" in said and "2 samples are broken and left out" in said
     cropped = judge.features(fid.Source(folder, 24))
-    save_folder(tmp_path / "c", [np.asarray(common.centre_crop(Image.open(folder / "wide.webp").convert("RGB"), 24))])
+    crop = common.centre_crop(Image.open(folder / "wide.webp").convert("RGB"), 24)
+    save_folder(tmp_path / "c", [np.asarray(crop)] * 2)
     row = judge.features(fid.Source(tmp_path / "c"))["rows"][0]
     assert np.abs(cropped["rows"][-1] - row).max() < 1e-4 * row.max() < 1e-2 * np.abs(whole["rows"][-1] - row).max()
 
@@ -210,8 +211,11 @@ def test_results_are_found_again_by_content(images, evaluate, tmp_path, monkeypa
     shutil.copytree(tmp_path / "a", tmp_path / "c", ignore=lambda *args: ["fid.json"])
     second, _ = evaluate("c", *how)
     assert {k: v for k, v in first.items() if k != "samples"} == {k: v for k, v in second.items() if k != "samples"}
-    looked = []
+    for file in (tmp_path / "home" / "hub" / "fid").glob("*.json"):
+        file.write_text('{"n": 8, ')  # damaged: computed again, from the features
     monkeypatch.setattr(fid, "precision_recall", precision_recall)
+    assert evaluate("c", *how)[0]["precision"] == first["precision"]
+    looked = []
     monkeypatch.setattr(fid.Judge, "extract", lambda self, s: looked.append(str(s.path)) or extract(self, s))
     Image.fromarray(x[9]).save(tmp_path / "c" / "000.png")
     third, _ = evaluate("c", *how)
@@ -293,6 +297,11 @@ def test_the_classifier_tells_good_from_bad(labelled, evaluate, monkeypatch):
     for k, file in enumerate(sorted((labelled / "named").glob("*.png"))):
         file.rename(file.with_name(f"{k:06d}_class{k}.png"))
     assert evaluate("named", *reference)[0]["accuracy"] >= 0.75
+    shutil.copytree("real/3_ring", "some/3_ring")  # some of the classes: known by their names
+    shutil.copytree("real/1_star", "some/1_star")
+    assert evaluate("some", *reference)[0]["accuracy"] > 0.9
+    (labelled / "named" / "meta.json").write_text('{"prompt": ["a", "b"]}')  # these labels count prompts
+    assert "accuracy" not in evaluate("named", *reference)[0]
 
 
 def test_the_classifier_is_the_same_every_time(labelled, tmp_path):
@@ -300,12 +309,15 @@ def test_the_classifier_is_the_same_every_time(labelled, tmp_path):
     source, file = fid.Source(labelled / "real"), labelled / "real-classifier-16.pt"
     file.unlink(missing_ok=True)
     state = torch.random.get_rng_state()
-    made = fid.load_classifier(source, "data", tmp_path, "cpu")[1]
+    made = common.fingerprint(fid.load_classifier(source, "data", tmp_path, "cpu"))
     assert torch.equal(state, torch.random.get_rng_state())
+    file.write_bytes(file.read_bytes()[:1000])  # damaged: another is trained
+    fid.load_classifier(source, "data", None, "cpu")
+    assert common.read(file)["digest"] == source.digest
     file.unlink()
     file.mkdir()  # now it cannot be written, not even by root
     try:
-        assert fid.load_classifier(source, "data", tmp_path, "cpu")[1] == made
+        assert common.fingerprint(fid.load_classifier(source, "data", tmp_path, "cpu")) == made
         assert len(list(tmp_path.glob("*-classifier-16.pt"))) == 1
     finally:
         file.rmdir()
@@ -320,10 +332,14 @@ def test_the_classifier_is_the_same_every_time(labelled, tmp_path):
     (["float.npz", "b.npz"], "float64 (4, 8, 8, 3), not uint8"), (["grey.npz", "b.npz"], "uint8 (4, 8, 8), not uint8"),
     (["other.npz", "b.npz"], "it has weights, neither arr_0 nor mu"), (["text.npz", "b.npz"], "neither images"),
     (["cut.npz", "b.npz"], "cut.npz: neither images nor statistics"), (["short.npz", "b.npz"], "neither images nor"),
+    (["half.npz", "b.npz"], "neither images nor statistics: 'sigma'"), (["tall.npz", "b.npz"], "mu is float64 (9, 1)"),
+    (["void.npz", "b.npz"], "uint8 (4, 0, 0, 3), not uint8"), (["stats64.npz", "b.npz"], "64 features, not of Incep"),
+    (["stats.npz", "--save-stats", "x.npz"], "has statistics already"), (["b.npz", "--save-stats", "b.npz"], "a new"),
+    (["b.npz", "--save-stats", "x.pt"], "writes a new .npz"), (["bare.npz", "b.npz"], "neither images nor statistics"),
     (["one.npz", "b.npz"], "a covariance needs two images at least, there is one"),
     (["rotten", "b.npz"], "a covariance needs two images at least, there are none"),
-    (["b.npz", "stats64.npz"], "different features"), (["b.npz", "stats64.npz", "--metrics", "pr"], "--metrics pr"),
-    (["b.npz", "stats64.npz", "--metrics", "sfid"], "--metrics sfid: mu_s and sigma_s"),
+    (["b.npz", "stats.npz", "--metrics", "pr"], "--metrics pr: needs images on both sides"),
+    (["b.npz", "stats.npz", "--metrics", "sfid"], "--metrics sfid: mu_s and sigma_s"),
     (["b.npz", "nan.npz"], "not finite"), (["b.npz", "wrong.pt"], "neither arr_0 nor mu"),
     (["b.npz", "b.npz", "--features", "classifier"], "b.npz has no labels"),
     (["b.npz", "b.npz", "--features", "classifier", "--metrics", "is"], "has no labels"),
@@ -343,12 +359,17 @@ def test_mistakes_are_one_line(in_process, inception_file, tmp_path, monkeypatch
     for name, content in (("b", {"arr_0": x}), ("float", {"arr_0": x / 255}), ("grey", {"arr_0": x[..., 0]}),
                           ("one", {"arr_0": x[:1]}), ("other", {"weights": x}), ("cut", {"arr_0": x}),
                           ("short", {"arr_0": x}), ("stats64", {"mu": np.zeros(64), "sigma": np.eye(64)}),
+                          ("half", {"arr_0": x, "mu": np.zeros(9)}), ("void", {"arr_0": x[:, :0, :0]}),
+                          ("tall", {"mu": np.zeros((9, 1)), "sigma": np.eye(9)}),
+                          ("stats", {"mu": np.zeros(2048), "sigma": np.eye(2048), "further": np.array([{}])}),
                           ("nan", {"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}),
                           ("pytorch", {"mu": np.zeros(9), "sigma": np.eye(9), "features": "inception-x-pytorch"})):
         np.savez(f"{name}.npz", **content)
     for name, length in (("cut", 500), ("short", -30)):
         (tmp_path / f"{name}.npz").write_bytes((tmp_path / f"{name}.npz").read_bytes()[:length])
     (tmp_path / "text.npz").write_text("hello")
+    with open("bare.npz", "wb") as f:
+        np.save(f, x)
     torch.save({"x": torch.zeros(3)}, "wrong.pt")
     (tmp_path / "empty").mkdir()
     (tmp_path / "rotten").mkdir()

@@ -742,8 +742,6 @@ def test_mistakes_in_sampling_madformer_are_one_line(trained_mad, in_process, tm
     assert not list(tmp_path.glob("*.png"))
 
 
-# --- The house --------------------------------------------------------------------------------------------------------
-
 # --- Evaluation in training, and sweeps -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("model,small,stage", [("transdiff", SMALL, "mrar"), ("dar", DAR[2:], "ar"),
@@ -825,6 +823,11 @@ def test_a_sweep_compares_guidance(trained, in_process, pictures, tmp_path, monk
         *args, cfg=cfg, **options))
     in_process(sample, *sweep)
     assert drawn == [2.5] and (tmp_path / "sweep" / "sweep.md").read_text() == table
+    shutil.copytree("sweep", "again")
+    for file in Path("again").glob("cfg-*"):
+        file.unlink()
+    torchrun(2, ROOT / "sample.py", *sweep[:-1], "again", cwd=tmp_path)
+    assert (tmp_path / "again" / "sweep.md").read_text() == table
     for wrong, words in ((["--cfg", 2], "goes without --cfg"), (["--out", "x.png"], "its --out is a folder")):
         assert words in refusal(in_process, capsys, sample, *sweep, *wrong)
     sweep.remove("--fid-reference")
@@ -832,6 +835,8 @@ def test_a_sweep_compares_guidance(trained, in_process, pictures, tmp_path, monk
     assert "say with --fid-reference" in refusal(in_process, capsys, sample, *sweep)
     assert "belong to --cfg-sweep" in refusal(in_process, capsys, sample, *arguments, "--fid-features", "classifier")
 
+
+# --- The house --------------------------------------------------------------------------------------------------------
 
 def test_only_the_named_packages_are_imported():
     """Nothing beyond torch, NumPy, SciPy, Pillow and tqdm at import; no model file imports another."""
