@@ -542,13 +542,15 @@ def load_classifier(reference, data_root, cache, device):
     bar = common.progress(epochs * batches, "training a classifier", "step")
     with torch.enable_grad():
         order = (torch.randperm(len(images), generator=shuffle) for _ in range(epochs))
-        for index in itertools.chain.from_iterable(epoch.tensor_split(batches) for epoch in order):
+        for index in itertools.chain.from_iterable(epoch.split(128) for epoch in order):
+            bar.update()
+            if len(index) == 1:  # no batch norm of one image
+                continue
             logits = network(common.to_float(images[index].to(device)))[2]
             optimizer.zero_grad()
             F.cross_entropy(logits, labels[index].to(device)).backward()
             optimizer.step()
             schedule.step()
-            bar.update()
     bar.close()
     for last, file in enumerate(places, 1):
         try:
