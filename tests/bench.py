@@ -1,29 +1,50 @@
-"""How much faster sampling is than its plain form in the same file, with equal outputs: one line per case.
+"""What a machine makes of the models: its own ceilings, then training, sampling and the first stage against them.
 
-    python tests/bench.py [--model transdiff] [--device cpu] [--size tiny] [--batch 8] [--steps 25] [--repeats 5]
-    python tests/bench.py --model dar --tokens 256
-    python tests/bench.py --model madformer --set image_size=64
-    python tests/bench.py --model fid                      # features, and the trace term of a distance
+    python tests/bench.py --model transdiff                              # a table; the last line is the same as JSON
+    python tests/bench.py --model dar --size l --device cuda --batch 64
+    python tests/bench.py --model transdiff --compare plain              # the fast paths against the plain ones
+    python tests/bench.py --model madformer --grow ar_length=1,4,16      # how cost grows: a process for each value
+    python tests/bench.py --model fid                                    # features, and the trace term of a distance
 
-Random weights. The ways run in turn; a row gives the median of each with its range, and the ratio of the medians.
+Random weights and images; bf16 autocast on CUDA, float32 elsewhere. A row gives the median of the repeats after a
+warm-up, with its range. Work is counted while it runs: 2 for each multiply-add of matrix products, convolutions and
+attention; norms and activations count nothing. On the machine's side stand the rate of a large matrix product and of a
+large copy. By formula, for batch b, S steps, width D, with guidance (tests/test_bench.py checks
+that the samplers do this work and no more):
+
+    TransDiff   (b + 1) enc + (b + 1) cond + S (2 b query - b trunk + time), with n AR and N latent tokens, M features,
+                enc = Le (24 n D^2 + 4 n^2 D), cond = 2 M D^2 + 4 L M D^2, query = L (28 N D^2 + 4 N^2 D + 4 N M D)
+                + 4 z N D, trunk = 2 z N D + 10 N D^2 + 4 N^2 D, time = 2 (256 D + 7 D^2)
+    D-AR        2 b (2 N W + 2 L N (N + 1) D), W = L (4 D^2 + 3 D F) + V D; bytes: the weights for every token, N W e,
+                and keys and values, 2 b L 2 D (N (N + 1) / 2 + N) e, with e bytes a number
+    MADFormer   without text and guidance, for each of T blocks of n tokens (j = 0 .. T - 1) and N layers, D of them
+                denoising: once AR (N - D layers) and, from the second on, the clean rows before it (down + N layers);
+                S times down + up + D layers; layer = 2 n (4 H^2 + 3 H F) + 4 n n (j + 1) H
 """
 import argparse
+import contextlib
 import dataclasses
+import itertools
+import json
 import math
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import scipy.linalg
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import dar  # noqa: E402
 import fid  # noqa: E402
 import madformer  # noqa: E402
+import train  # noqa: E402
 import transdiff  # noqa: E402
 
 
@@ -51,6 +72,182 @@ def ratio(a, b):
     """Of the medians."""
     return f"{statistics.median(a) / statistics.median(b):.2f} x"
 
+
+def attention_flops(q, k, v, dropout=0.0, causal=False, *args, **kwargs):
+    """Of one call of CPU attention, by the shapes (B, H, n, C): what torch's counter does not know."""
+    pairs = q[2] * (q[2] + 1) // 2 if causal else q[2] * k[2]
+    return 2 * q[0] * q[1] * pairs * (q[3] + v[3])
+
+
+def counted(call):
+    """FLOPs of a call."""
+    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={cpu: attention_flops}) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def ceilings(device, dtype):
+    """(FLOP/s of a large matrix product in this type, bytes/s of a large copy), best of five."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    source = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    (product, copy), _ = measured([lambda: a @ b, lambda: target.copy_(source)], 5, device)
+    return 2 * n**3 / min(product), 2 * len(source) / min(copy)
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+def setting(args):
+    """The model's module, its configuration, its last stage at this size, and the first stage of that one."""
+    module = MODELS[args.model]
+    config = module.PRESETS[args.size]
+    if hasattr(config, "texts"):
+        config = dataclasses.replace(config, texts=tuple(f"name {k}" for k in range(config.classes)))
+    stages = {stage.name: stage for stage in module.STAGES}
+    last = next(stage for stage in reversed(module.STAGES) if args.size in stage.recipes)
+    config = common.override(config, args.set)
+    first = stages[last.first].build(config).to(args.device).eval().requires_grad_(False)
+    return module, config, last, first
+
+
+def bench(args, device):
+    """Rows of the table: training of each stage, sampling at batch 1 and at the batch, the first stage."""
+    precision = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rate, bandwidth = ceilings(device, precision)
+    print(f"{' '.join([args.model, args.size, *args.set])}, {device}, {str(precision)[6:]}, {torch.get_num_threads()}"
+          f" threads, torch {torch.__version__}; a large product {rate / 1e12:.3g} TFLOP/s, a large copy"
+          f" {bandwidth / 1e9:.3g} GB/s\n{'':22s} {'batch':>5s} {'seconds: median (range)':>28s} {'images/s':>9s}"
+          f" {'GFLOP/image':>12s} {'TFLOP/s':>8s} {'share':>6s}")
+    module, config, last, first = setting(args)
+    rows = []
+
+    def row(what, batch, images, call, moved=0):
+        """Measures a call that makes or takes `images` images, and moves so many bytes at least."""
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            work = counted(call)
+            (times,), _ = measured([call], args.repeats, device)
+        median = statistics.median(times)
+        found = {"what": what, "batch": batch, "seconds": median, "least": min(times), "most": max(times),
+                 "images_per_s": images / median, "gflop_per_image": work / images / 1e9,
+                 "tflops": work / median / 1e12, "share": work / median / rate, "memory_gb": train.memory(device)}
+        said = ""
+        if moved:
+            found |= {"gb": moved / 1e9, "bandwidth_share": moved / median / bandwidth}
+            said = f"  {moved / 1e9:.3g} GB, {100 * found['bandwidth_share']:.0f} % of the copy's rate"
+        print(f"{what:22s} {batch:5d} {show(times):>28s} {images / median:9.2f} {found['gflop_per_image']:12.3g}"
+              f" {found['tflops']:8.3g} {100 * found['share']:5.1f}%{said}")
+        rows.append(found)
+        return found
+
+    for stage in module.STAGES if "train" in args.only else ():
+        if args.size in stage.recipes:
+            train_row(args, stage, stage.config(config), first, device, row)
+    config = last.config(config)
+    model = last.build(config).to(device).eval().requires_grad_(False)
+    for batch in dict.fromkeys((1, args.batch)) if "sample" in args.only else ():
+        labels, size = torch.arange(batch, device=device) % config.classes, config.image_size
+        how = {name: value for name, value in (("steps", args.steps), ("cfg", args.cfg)) if value}
+
+        def noise(batch=batch):
+            return common.Noise.of(0, range(batch), device)
+        with torch.no_grad():
+            whole = row("sample", batch, batch, lambda: module.generate(model, first, labels, noise(), **how))
+            found = row("  one draw of noise", batch, batch, lambda: noise().normal((3, size, size)))
+            print(f"{'':22s} {100 * found['seconds'] / whole['seconds']:.2f} % of sampling")
+            if args.model == "dar":
+                N, W, D, L = first.config.queries, *dar_sizes(config)
+                e, halves = precision.itemsize, 1 + (args.cfg != 1)
+                moved = e * (N * W + halves * batch * L * 2 * D * (N * (N + 1) // 2 + N))
+                found = row("  tokens alone", batch, batch, lambda: model.sample(labels, noise(), cfg=args.cfg), moved)
+                print(f"{'':22s} {batch * N / found['seconds']:.0f} tokens/s")
+    if "first" in args.only:
+        images = torch.rand(args.batch, 3, config.image_size, config.image_size, device=device) * 2 - 1
+        with torch.no_grad():
+            codes = first.encode(images)
+            row("encode", args.batch, args.batch, lambda: first.encode(images))
+            decode = ((lambda: first.decode(codes, images)) if args.model == "dar" else
+                      (lambda: first.decode(codes.chunk(2, 1)[0])))
+            row("decode", args.batch, args.batch, decode)
+    print(json.dumps({"model": args.model, "size": args.size, "set": args.set, "device": str(device),
+                      "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                      "torch": str(torch.__version__), "threads": torch.get_num_threads(), "flops_per_s": rate,
+                      "bytes_per_s": bandwidth, "rows": rows}))
+
+
+def dar_sizes(config):
+    """Weights read for a token, width and depth of a Llama."""
+    D, L, V = config.dim, config.depth, config.tokenizer.codebook
+    F = -(-int(2 * 4 * D / 3) // 256) * 256
+    return L * (4 * D * D + 3 * D * F) + V * D, D, L
+
+
+def train_row(args, stage, config, first, device, row):
+    """A whole optimizer step of a stage, and the time to load its batch (from cached codes where it eats codes)."""
+    recipe, group, batch = stage.recipes[args.size], stage.group(config), args.train_batch
+    torch.manual_seed(0)
+    model = stage.build(config).to(device).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and stage.trains(config, name))
+    optimizer = train.adamw(model, stage, recipe, device)
+    if args.compile:
+        model.compile()
+    labels = torch.arange(batch, device=device) % config.classes
+    images = torch.rand(batch * group, 3, config.image_size, config.image_size, device=device) * 2 - 1
+    with torch.no_grad():
+        stored = first.encode(images) if stage.first else images
+        x = stage.codes(first, stored) if stage.first else images
+    x = x.unflatten(0, (batch, group)) if group > 1 else x
+
+    def step():
+        model(x, labels)["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    found = row(f"train {stage.name}", batch, batch * group, step)
+    if not stage.first:
+        return
+    with tempfile.TemporaryDirectory() as folder:  # as train.py reads a cache
+        codes = stored.cpu().numpy()
+        array = np.lib.format.open_memmap(Path(folder, "rows.npy"), "w+", codes.dtype, (1024, 2, *codes.shape[1:]))
+        array[:] = codes[0]
+        source = common.Stored(array, np.arange(1024) % config.classes)
+        order = common.Order(source.labels, batch, group)
+        batches = iter(torch.utils.data.DataLoader(source, batch_sampler=(order(k) for k in itertools.count())))
+        (times,), _ = measured([lambda: next(batches)], 5 * args.repeats, torch.device("cpu"))
+    found["data_s"] = statistics.median(times)
+    print(f"{'':22s} loading {show(times)}, {100 * found['data_s'] / found['seconds']:.1f} % of the step")
+
+
+def grow(args):
+    """--grow FIELD=A,B,...: sampling at each value in a process of its own, and the exponent from one to the next."""
+    field, _, values = args.grow.partition("=")
+    print(f"{' '.join([args.model, args.size, *args.set])}, sampling, {args.device}, batch {args.batch}, or as said\n"
+          f"{field:>12s} {'s/image':>9s} {'exponent':>9s} {'GFLOP/image':>12s} {'exponent':>9s} {'memory GB':>10s}")
+    before = None
+    for value in values.split(","):
+        own = {"batch": ["--batch", value], "size": ["--size", value], "steps": ["--steps", value]}
+        command = [sys.executable, __file__, "--model", args.model, "--device", args.device, "--only", "sample",
+                   "--size", args.size, "--batch", str(args.batch), "--repeats", str(args.repeats), "--set", *args.set,
+                   *([] if field in own else [f"{field}={value}"]), *own.get(field, [])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{value}: {done.stderr.strip().splitlines()[-1]}")
+        rows = [found for found in json.loads(done.stdout.splitlines()[-1])["rows"] if found["what"] == "sample"]
+        now = (value, 1 / rows[-1]["images_per_s"], rows[-1]["gflop_per_image"])
+        exponents = ["", ""]
+        with contextlib.suppress(ValueError, TypeError):  # a first value, or no number
+            exponents = [f"{math.log(a / b) / math.log(float(value) / float(before[0])):.2f}"
+                         for a, b in zip(now[1:], before[1:], strict=True)]
+        print(f"{value:>12s} {now[1]:9.4f} {exponents[0]:>9s} {now[2]:12.3g} {exponents[1]:>9s}"
+              f" {rows[-1]['memory_gb']:10.2f}")
+        before = now
+
+
+# --- The fast paths against the plain ones ----------------------------------------------------------------------------
 
 def bench_transdiff(args, device):
     """Plain and fast sampling, 1-step and MRAR."""
@@ -197,25 +394,42 @@ def bench_fid(args, device):
               f" {abs(traces[0] - traces[1]) / traces[1]:.1e}")
 
 
+MODELS = {"transdiff": transdiff, "dar": dar, "madformer": madformer}
+COMPARE = {"transdiff": bench_transdiff, "dar": bench_dar, "madformer": bench_madformer}
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="transdiff", choices=("transdiff", "dar", "madformer", "fid"))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", default="tiny")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=25, help="denoising steps (madformer: of each block)")
-    parser.add_argument("--tokens", type=int, help="dar: N (default: the preset's)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="madformer: fields of its Config")
-    parser.add_argument("--repeats", type=int, default=5)
+    add = parser.add_argument
+    add("--model", default="transdiff", choices=(*MODELS, "fid"))
+    add("--size", default="tiny")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--batch", type=int, default=8, help="of sampling and the first stage, beside batch 1 (default: 8)")
+    add("--train-batch", type=int, default=8, help="samples of a training step (default: 8)")
+    add("--steps", type=int, help="denoising steps (madformer: of each block; default: the preset's)")
+    add("--cfg", type=float, help="guidance scale (default: the preset's)")
+    add("--tokens", type=int, help="dar with --compare: N (default: the preset's)")
+    add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the model's Config")
+    add("--only", nargs="+", default=["train", "sample", "first"], choices=("train", "sample", "first"))
+    add("--compile", action="store_true", help="compile what is trained")
+    add("--compare", choices=("plain",), help="the fast sampler against the plain one, in one run")
+    add("--grow", metavar="FIELD=A,B,...", help="sampling as batch, size, steps or a field of the Config grows")
+    add("--repeats", type=int, default=5)
     args = parser.parse_args()
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if args.grow:
+        return grow(args)
+    if args.model != "fid" and not args.compare:
+        return bench(args, device)
+    args.steps = args.steps or 25
     guidance = "guidance 1.5" if args.model in ("transdiff", "dar") else "no guidance"
     print(f"{args.model} {args.size}, batch {args.batch}, {guidance}, float32, {device}, {torch.get_num_threads()} "
           f"threads, torch {torch.__version__}; seconds: median (range) of {args.repeats}")
-    {"transdiff": bench_transdiff, "dar": bench_dar, "madformer": bench_madformer,
-     "fid": bench_fid}[args.model](args, device)
+    (COMPARE | {"fid": bench_fid})[args.model](args, device)
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)
