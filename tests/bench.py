@@ -113,41 +113,33 @@ def setting(args):
 
 
 def bench(args, device):
-    """Rows of the table: training of each stage, sampling at batch 1 and at the batch, the first stage."""
+    """Training of each stage, sampling at batch 1 and at the batch, and the first stage; the ceilings come last, for
+    their memory would hide that of the models."""
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rate, bandwidth = ceilings(device, precision)
-    print(f"{' '.join([args.model, args.size, *args.set])}, {device}, {str(precision)[6:]}, {torch.get_num_threads()}"
-          f" threads, torch {torch.__version__}; a large product {rate / 1e12:.3g} TFLOP/s, a large copy"
-          f" {bandwidth / 1e9:.3g} GB/s\n{'':22s} {'batch':>5s} {'seconds: median (range)':>28s} {'images/s':>9s}"
-          f" {'GFLOP/image':>12s} {'TFLOP/s':>8s} {'share':>6s}")
     module, config, last, first = setting(args)
     rows = []
 
-    def row(what, batch, images, call, moved=0):
-        """Measures a call that makes or takes `images` images, and moves so many bytes at least."""
+    def row(what, batch, images, call, **more):
+        """Measures a call that makes or takes `images` images. work: its FLOPs, if they are known."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            work = counted(call)
+            work = more.pop("work", None) or counted(call)
             (times,), _ = measured([call], args.repeats, device)
-        median = statistics.median(times)
-        found = {"what": what, "batch": batch, "seconds": median, "least": min(times), "most": max(times),
-                 "images_per_s": images / median, "gflop_per_image": work / images / 1e9,
-                 "tflops": work / median / 1e12, "share": work / median / rate, "memory_gb": train.memory(device)}
-        said = ""
-        if moved:
-            found |= {"gb": moved / 1e9, "bandwidth_share": moved / median / bandwidth}
-            said = f"  {moved / 1e9:.3g} GB, {100 * found['bandwidth_share']:.0f} % of the copy's rate"
-        print(f"{what:22s} {batch:5d} {show(times):>28s} {images / median:9.2f} {found['gflop_per_image']:12.3g}"
-              f" {found['tflops']:8.3g} {100 * found['share']:5.1f}%{said}")
-        rows.append(found)
-        return found
+        rows.append({"what": what, "batch": batch, "seconds": statistics.median(times), "least": min(times),
+                     "most": max(times), "images_per_s": images / statistics.median(times),
+                     "gflop_per_image": work / images / 1e9, "tflops": work / statistics.median(times) / 1e12,
+                     "memory_gb": train.memory(device), **more})
+        return rows[-1]
 
     for stage in module.STAGES if "train" in args.only else ():
         if args.size in stage.recipes:
             train_row(args, stage, stage.config(config), first, device, row)
     config = last.config(config)
     model = last.build(config).to(device).eval().requires_grad_(False)
+    if precision == torch.bfloat16:
+        for linear in (part for part in model.modules() if isinstance(part, torch.nn.Linear)):
+            linear.bfloat16()  # as sample.py does it
     for batch in dict.fromkeys((1, args.batch)) if "sample" in args.only else ():
         labels, size = torch.arange(batch, device=device) % config.classes, config.image_size
         how = {name: value for name, value in (("steps", args.steps), ("cfg", args.cfg)) if value}
@@ -156,14 +148,13 @@ def bench(args, device):
             return common.Noise.of(0, range(batch), device)
         with torch.no_grad():
             whole = row("sample", batch, batch, lambda: module.generate(model, first, labels, noise(), **how))
-            found = row("  one draw of noise", batch, batch, lambda: noise().normal((3, size, size)))
-            print(f"{'':22s} {100 * found['seconds'] / whole['seconds']:.2f} % of sampling")
+            draw = row("  one draw of noise", batch, batch, lambda: noise().normal((3, size, size)))
+            draw["note"] = f"{100 * draw['seconds'] / whole['seconds']:.2f} % of sampling"
             if args.model == "dar":
-                N, W, D, L = first.config.queries, *dar_sizes(config)
-                e, halves = precision.itemsize, 1 + (args.cfg != 1)
-                moved = e * (N * W + halves * batch * L * 2 * D * (N * (N + 1) // 2 + N))
-                found = row("  tokens alone", batch, batch, lambda: model.sample(labels, noise(), cfg=args.cfg), moved)
-                print(f"{'':22s} {batch * N / found['seconds']:.0f} tokens/s")
+                N, (W, D, L), cfg = first.config.queries, dar_sizes(config), args.cfg or config.cfg
+                moved = precision.itemsize * (N * W + (1 + (cfg != 1)) * batch * L * 2 * D * (N * (N + 1) // 2 + N))
+                found = row("  tokens alone", batch, batch, lambda: model.sample(labels, noise(), cfg=cfg), bytes=moved)
+                found["tokens_per_s"] = batch * N / found["seconds"]
     if "first" in args.only:
         images = torch.rand(args.batch, 3, config.image_size, config.image_size, device=device) * 2 - 1
         with torch.no_grad():
@@ -172,6 +163,22 @@ def bench(args, device):
             decode = ((lambda: first.decode(codes, images)) if args.model == "dar" else
                       (lambda: first.decode(codes.chunk(2, 1)[0])))
             row("decode", args.batch, args.batch, decode)
+
+    rate, bandwidth = ceilings(device, precision)
+    print(f"{' '.join([args.model, args.size, *args.set])}, {device}, {str(precision)[6:]}, {torch.get_num_threads()}"
+          f" threads, torch {torch.__version__}; a large product {rate / 1e12:.3g} TFLOP/s, a large copy"
+          f" {bandwidth / 1e9:.3g} GB/s\n{'':20s} {'batch':>5s} {'seconds: median (range)':>25s} {'images/s':>9s}"
+          f" {'GFLOP/image':>11s} {'TFLOP/s':>8s} {'share':>6s} {'GB':>5s}")
+    for r in rows:
+        r["share"] = r["tflops"] * 1e12 / rate
+        if "bytes" in r:
+            r["bandwidth_share"] = r["bytes"] / r["seconds"] / bandwidth
+            r["note"] = f"{r['tokens_per_s']:.0f} tokens/s, {100 * r['bandwidth_share']:.0f} % of the copy's rate"
+        if "data_s" in r:
+            r["note"] = f"loading {100 * r['data_s'] / r['seconds']:.1f} % of the step"
+        print(f"{r['what']:20s} {r['batch']:5d} {show([r['seconds'], r['least'], r['most']]):>25s}"
+              f" {r['images_per_s']:9.2f} {r['gflop_per_image']:11.3g} {r['tflops']:8.3g} {100 * r['share']:5.1f}%"
+              f" {r['memory_gb']:5.2f}  {r.get('note', '')}".rstrip())
     print(json.dumps({"model": args.model, "size": args.size, "set": args.set, "device": str(device),
                       "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                       "torch": str(torch.__version__), "threads": torch.get_num_threads(), "flops_per_s": rate,
@@ -193,8 +200,6 @@ def train_row(args, stage, config, first, device, row):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and stage.trains(config, name))
     optimizer = train.adamw(model, stage, recipe, device)
-    if args.compile:
-        model.compile()
     labels = torch.arange(batch, device=device) % config.classes
     images = torch.rand(batch * group, 3, config.image_size, config.image_size, device=device) * 2 - 1
     with torch.no_grad():
@@ -207,7 +212,11 @@ def train_row(args, stage, config, first, device, row):
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    found = row(f"train {stage.name}", batch, batch * group, step)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        work = counted(step)
+    if args.compile:
+        model.compile()  # the counter does not look into compiled code
+    found = row(f"train {stage.name}", batch, batch * group, step, work=work)
     if not stage.first:
         return
     with tempfile.TemporaryDirectory() as folder:  # as train.py reads a cache
@@ -219,7 +228,6 @@ def train_row(args, stage, config, first, device, row):
         batches = iter(torch.utils.data.DataLoader(source, batch_sampler=(order(k) for k in itertools.count())))
         (times,), _ = measured([lambda: next(batches)], 5 * args.repeats, torch.device("cpu"))
     found["data_s"] = statistics.median(times)
-    print(f"{'':22s} loading {show(times)}, {100 * found['data_s'] / found['seconds']:.1f} % of the step")
 
 
 def grow(args):
