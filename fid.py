@@ -448,6 +448,8 @@ class Source:
                     m, s = content[mean], content[covariance]
                     if m.ndim != 1 or s.shape != 2 * m.shape or not {m.dtype.kind, s.dtype.kind} <= {*"fiu"}:
                         raise ValueError(f"{mean} is {m.dtype} {m.shape}, {covariance} {s.dtype} {s.shape}")
+                    if not (np.isfinite(m).all() and np.isfinite(s).all()):
+                        raise ValueError(f"{mean} or {covariance} is not finite")
             self.statistics = content if "mu" in content else {}
             if "arr_0" in names:
                 images = stored_array(self.path, "arr_0")
@@ -511,16 +513,17 @@ def load_classifier(reference, data_root, cache, device):
                         " data set, class folders, or an .npz with arr_1")
     if reference.named:
         name = str(reference.path).partition(":")[0]
-        path, reference = Path(data_root, name, "x"), Source(f"{name}:train", reference.size, data_root)
+        beside, reference = Path(data_root, name, "classifier"), Source(f"{name}:train", reference.size, data_root)
     else:
         path = reference.path.resolve()
+        beside = path.with_name(f"{path.stem}-classifier")
     readable = (len(image) for i in range(reference.n) if (image := reference.read(i)) is not None)
     side = max(8, min(64, next(readable, 0)))
-    name = f"{'' if reference.named else path.stem + '-'}classifier-{side}.pt"
+    name = f"{beside.name}-{side}.pt"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Classifier(int(reference.labels.max()) + 1, side).to(device)
-    places = [path.with_name(name), *([cache / f"{reference.digest}-{name}"] if cache else [])]
+    places = [beside.with_name(name), *([cache / f"{reference.digest}-{name}"] if cache else [])]
     for file in places:
         with contextlib.suppress(UserError):  # it is damaged, or not there: another is trained
             if (saved := common.read(file)).get("digest") == reference.digest:
@@ -604,7 +607,7 @@ class Features:
 
 @contextlib.contextmanager
 def exact():
-    """No TF32 and no bf16: they move the features by more than the tools differ."""
+    """No TF32, which moves the features by more than the tools differ."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -756,15 +759,15 @@ class Judge:
             if not possible and self.metrics and metric in self.metrics:
                 raise UserError(f"--metrics {metric}: {why}")
             return possible and (not self.metrics or metric in self.metrics)
-        if wanted("fid", True, ""):
+        if not self.metrics or "fid" in self.metrics:
             numbers["fid" if self.inception else "fd_classifier"] = frechet(
                 *((side["mu"], side["sigma"]) for side in (samples, reference)))
             if self.floor is not None:
                 numbers["floor"] = self.floor
         if wanted("sfid", "mu_s" in both, "mu_s and sigma_s are not known of both sides"):
             numbers["sfid"] = frechet(*((side["mu_s"], side["sigma_s"]) for side in (samples, reference)))
-        known = self.inception and "logits" in samples
-        if wanted("is", known, "needs the samples' images (at most 100,000) and Inception"):
+        scored = self.inception and "logits" in samples
+        if wanted("is", scored, "needs the samples' images (at most 100,000) and Inception"):
             numbers["is"], numbers["is_std"] = inception_score(
                 samples["logits"], **({"chunk": 5000, "shuffle": False} if self.is_rule == "adm" else {}))
         if not self.inception and samples.get("asked"):

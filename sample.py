@@ -17,6 +17,7 @@ Image k of a seed is the same image whatever the batch size or the number of GPU
 on where it was. What was sampled, and how, is written to a meta.json beside it.
 """
 import argparse
+import contextlib
 import json
 import math
 import shutil
@@ -112,7 +113,7 @@ def arguments():
         parser.error(f"--solver is {' or '.join(SOLVERS[args.model])}, not {args.solver}")
     if isinstance(args.cfg, list) and args.model != "transdiff":
         parser.error("--cfg with commas is for TransDiff's rounds: give one scale, or first:last")
-    if args.cfg_sweep and (args.cfg is not None or Path(args.out).suffix):
+    if args.cfg_sweep and (args.cfg is not None or Path(args.out).suffix.lower() in (".png", ".gif", ".npz")):
         parser.error("--cfg-sweep goes without --cfg, and its --out is a folder")
     if not args.cfg_sweep and (args.fid_reference or args.fid_features):
         parser.error("--fid-reference and --fid-features belong to --cfg-sweep")
@@ -288,8 +289,9 @@ def draw(args, rank, world, device):
     meta = json.loads(json.dumps(meta))
     beside = Path(args.out, "meta.json") if kind == "folder" else Path(args.out).with_suffix(".meta.json")
     if args.cfg_sweep and beside.exists() and Path(args.out).exists():
-        if meta.items() <= json.loads(beside.read_text()).items():
-            return  # of a sweep that was interrupted
+        with contextlib.suppress(ValueError, AttributeError):  # no JSON, or no dict: sampled again
+            if meta.items() <= json.loads(beside.read_text()).items():
+                return  # of a sweep that was interrupted
     if precision == "bf16":
         for linear in (part for part in model.modules() if isinstance(part, torch.nn.Linear)):
             linear.bfloat16()  # once: autocast would do it again at each step

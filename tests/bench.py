@@ -412,7 +412,7 @@ def main():
     add = parser.add_argument
     add("--model", default="transdiff", choices=(*MODELS, "fid"))
     add("--size", default="tiny")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", help="cpu, cuda, mps (default: the best there is)")
     add("--batch", type=int, default=8, help="of sampling and the first stage, beside batch 1 (default: 8)")
     add("--train-batch", type=int, default=8, help="samples of a training step (default: 8)")
     add("--steps", type=int, help="denoising steps (madformer: of each block; default: the preset's)")
@@ -425,7 +425,8 @@ def main():
     add("--grow", metavar="FIELD=A,B,...", help="sampling as batch, size, steps or a field of the Config grows")
     add("--repeats", type=int, default=5)
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = common.distributed(args.device)[2]
+    args.device = str(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     if args.grow:

@@ -817,7 +817,7 @@ def test_a_sweep_compares_guidance(trained, in_process, pictures, tmp_path, monk
     numbers = json.loads(Path("sweep/sweep.json").read_text())
     assert f"{numbers['2.5']['fd_classifier']:.4g}" in table
 
-    Path("sweep/cfg-2.5.meta.json").unlink()
+    Path("sweep/cfg-2.5.meta.json").write_text("{half")
     drawn, generate = [], transdiff.generate
     monkeypatch.setattr(transdiff, "generate", lambda *args, cfg, **options: drawn.append(cfg) or generate(
         *args, cfg=cfg, **options))
