@@ -815,31 +815,63 @@ class _Views(torch.utils.data.Dataset):
 
 # --- 3  Randomness ----------------------------------------------------------------------------------------------------
 
+def philox(counter, key):
+    """Philox4x32-10, a counter-based generator (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3").
+
+    counter (four tensors), key (two): words of 32 bits as int64, of shapes that broadcast. Returns four words of random
+    bits for each counter, the same on every device.
+    """
+    (a, b, c, d), (k, l), low = counter, key, 0xFFFFFFFF
+    for _ in range(10):
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57                        # 64 bits; int64 wraps around as unsigned numbers do
+        a, b, c, d = (q >> 32 & low) ^ b ^ k, q & low, (p >> 32 & low) ^ d ^ l, p & low
+        k, l = k + 0x9E3779B9 & low, l + 0xBB67AE85 & low
+    return a, b, c, d
+
+
 class Noise:
     """One random stream per image, so that an image does not depend on its batch, neighbours or number of GPUs.
 
-    Noise.of(seed, indices): image k of seed s always has the same stream. Draws come from the CPU (Philox, keyed by
-    seed and index) in float32 and are moved to the device.
+    Noise.of(seed, indices): image k of seed s always has the same stream, on every device: word n of it is Philox of the
+    counter (n, k) under the key s. A device's own logarithm and cosine may round the last bit of a normal value.
     """
 
     def __init__(self, seeds, device="cpu"):
-        self.streams = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in seeds]
-        self.device = device
+        words = [[int(s) >> 32 * i & 0xFFFFFFFF for s in seeds] for i in range(4)]
+        *self.index, low, high = torch.tensor(words, device=device)[:, :, None]            # each (images, 1)
+        self.key = low, high
+        # Blocks of four words are made ahead: few small operations on a GPU, and what fits a core's cache on a CPU.
+        self.ahead = max(1, (1 << 14 if torch.device(device).type == "cpu" else 1 << 18) // len(low))
+        self.block, self.ready = 0, low[:, :0]
 
     @classmethod
     def of(cls, seed, indices, device="cpu"):
-        """The streams of images `indices` of seed `seed`: a 128-bit key without collisions."""
+        """The streams of images `indices` of seed `seed`, each a number of 64 bits."""
         return cls([(int(seed) << 64) + int(k) for k in indices], device)
 
+    def words(self, n):
+        """The next n words of 32 random bits of each stream, (images, n) int64."""
+        parts, missing = [self.ready], n - self.ready.shape[1]
+        while missing > 0:
+            blocks = torch.arange(self.block, self.block + self.ahead, device=self.ready.device)
+            made = philox((blocks & 0xFFFFFFFF, blocks >> 32, *self.index), self.key)
+            parts.append(torch.stack(made, -1).flatten(1))
+            self.block, missing = self.block + self.ahead, missing - 4 * self.ahead
+        words = torch.cat(parts, 1) if len(parts) > 1 else self.ready
+        self.ready = words[:, n:]
+        return words[:, :n]
+
     def normal(self, shape):
-        """Standard normal values (images, *shape)."""
-        draws = np.stack([stream.standard_normal(shape, np.float32) for stream in self.streams])
-        return torch.from_numpy(draws).to(self.device)
+        """Standard normal values (images, *shape) in float32, two from two words (Box and Muller, 1958)."""
+        n = math.prod(shape)
+        u, v = self.words(n + n % 2).unflatten(1, (-1, 2)).float().unbind(-1)
+        radius, angle = (-2 * (u * 2**-32 + 2**-33).log()).sqrt(), 2 * math.pi * 2**-32 * v
+        values = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
+        return values.flatten(1)[:, :n].unflatten(1, shape)
 
     def uniform(self, shape):
-        """Uniform values in [0, 1) (images, *shape)."""
-        draws = np.stack([stream.random(shape, np.float32) for stream in self.streams])
-        return torch.from_numpy(draws).to(self.device)
+        """Uniform values in [0, 1) (images, *shape): multiples of 2^-24, exact in float32."""
+        return ((self.words(math.prod(shape)) >> 8).float() * 2**-24).unflatten(1, shape)
 
 
 def guidance_scales(cfg, steps):

@@ -4,11 +4,13 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import struct
 import tarfile
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 
@@ -329,15 +331,62 @@ def test_rows_of_other_settings_are_refused(tmp_path):
 
 # --- Randomness -------------------------------------------------------------------------------------------------------
 
+PHILOX = [  # counter, key, and four words: the known answers that the authors publish with their code (Random123)
+    ([0, 0, 0, 0], [0, 0], "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0], "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+@pytest.mark.parametrize("counter, key, answer", PHILOX)
+def test_philox_known_answers(counter, key, answer):
+    words = common.philox([torch.tensor(word) for word in counter], [torch.tensor(word) for word in key])
+    assert " ".join(f"{word:08x}" for word in words) == answer
+
+
+def test_noise_is_philox_of_image_and_place():
+    """Word n of image k of seed s is Philox of counter (n, k) and key s, however the stream is cut into draws."""
+    s, k = 0x0123456789ABCDEF, 0xFEDCBA9876543210
+    counters = [torch.arange(3), torch.zeros(3, dtype=torch.long), torch.tensor(k & 0xFFFFFFFF), torch.tensor(k >> 32)]
+    expected = torch.stack(common.philox(counters, [torch.tensor(s & 0xFFFFFFFF), torch.tensor(s >> 32)]), -1).flatten()
+    assert torch.equal(Noise.of(s, [k]).words(12)[0], expected)
+    noise = Noise.of(s, [k])
+    assert torch.equal(torch.cat([noise.words(n)[0] for n in (1, 6, 5)]), expected)
+    far = Noise.of(s, [k] * 5000)                                   # many images: made in many small pieces
+    assert torch.equal(far.words(12)[4999], expected)
+
+
 def test_noise_belongs_to_the_image():
-    """The stream of an image does not know its neighbours; streams are standard normal and unrelated."""
+    """The stream of an image does not know its neighbours."""
     together, alone = Noise.of(7, range(5)), Noise.of(7, [3])
     for _ in range(3):
         assert torch.equal(together.normal((4, 2))[3], alone.normal((4, 2))[0])
         assert torch.equal(together.uniform((5,))[3], alone.uniform((5,))[0])
-    x = torch.cat([Noise.of(seed, range(50)).normal((2000,)) for seed in (0, 1)]).double()
-    assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01 and abs((x.abs() > 1.96).double().mean() - 0.05) < 0.003
-    assert (torch.corrcoef(x) - torch.eye(100)).abs().max() < 0.12
+        assert torch.equal(together.normal((3, 40, 41))[3], alone.normal((3, 40, 41))[0])   # an odd number, in pieces
+
+
+def test_noise_is_normal_and_uniform():
+    """Moments, tails and a Kolmogorov-Smirnov test of 2 million values; bounds of five standard errors."""
+    x = Noise.of(0, range(200)).normal((10000,)).double().flatten()
+    n = len(x)
+    for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs((x**power).mean() - mean) < 5 * (variance / n)**0.5, power
+    for tail in (1, 2, 3, 4, 4.5):
+        p = math.erfc(tail / 2**0.5) / 2
+        for side in (x > tail, x < -tail):
+            assert abs(side.double().mean() - p) < 5 * (p / n)**0.5, tail
+    assert scipy.stats.kstest(x.numpy(), "norm").pvalue > 1e-3
+    u = Noise.of(0, range(200)).uniform((10000,)).double().flatten()
+    assert scipy.stats.kstest(u.numpy(), "uniform").pvalue > 1e-3 and 0 <= u.min() and u.max() < 1
+
+
+def test_noise_of_neighbours_is_unrelated():
+    """Correlations between neighbouring images, seeds and places, against their standard error of 1 / sqrt(n)."""
+    n = 20000
+    x = torch.cat([Noise.of(seed, range(40)).normal((n,)) for seed in (0, 1, 2**32)])
+    for values in (x, x.abs(), torch.cat([x, x.roll(1, 1)])):       # the last: a value and the one after it
+        off = torch.corrcoef(values.double()) - torch.eye(len(values))
+        assert off.abs().max() < 5.5 / n**0.5
 
 
 def test_guidance_schedules():
