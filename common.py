@@ -284,8 +284,11 @@ class KLVAE(nn.Module):
         return self.scale * (mean + std * (torch.randn_like(mean) if noise is None else noise))
 
     def decode(self, latents):
-        """Images (B, 3, H, W) of scaled latents, not clamped."""
-        return self.decoder(self.post_quant_conv(latents / self.scale))
+        """Images (B, 3, H, W) of scaled latents, not clamped. In parts of 64 images of 256 pixels or as much: what the
+        decoder keeps on the way is larger than all else when sampling."""
+        z, (h, w) = latents / self.scale, latents.shape[2:]
+        parts = z.split(max(1, 2**22 // (h * w * self.config.factor**2)))
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
 
     def kl(self, moments):
         """KL divergence to N(0, I) per image (B,), summed over channels and space."""
@@ -821,19 +824,19 @@ def philox(counter, key):
     counter (four tensors), key (two): words of 32 bits as int64, of shapes that broadcast. Returns four words of random
     bits for each counter, the same on every device.
     """
-    (a, b, c, d), (k, l), low = counter, key, 0xFFFFFFFF
+    (a, b, c, d), (k0, k1), low = counter, key, 0xFFFFFFFF
     for _ in range(10):
-        p, q = a * 0xD2511F53, c * 0xCD9E8D57                        # 64 bits; int64 wraps around as unsigned numbers do
-        a, b, c, d = (q >> 32 & low) ^ b ^ k, q & low, (p >> 32 & low) ^ d ^ l, p & low
-        k, l = k + 0x9E3779B9 & low, l + 0xBB67AE85 & low
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57                       # 64 bits; int64 wraps around as unsigned numbers do
+        a, b, c, d = (q >> 32 & low) ^ b ^ k0, q & low, (p >> 32 & low) ^ d ^ k1, p & low
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
     return a, b, c, d
 
 
 class Noise:
     """One random stream per image, so that an image does not depend on its batch, neighbours or number of GPUs.
 
-    Noise.of(seed, indices): image k of seed s always has the same stream, on every device: word n of it is Philox of the
-    counter (n, k) under the key s. A device's own logarithm and cosine may round the last bit of a normal value.
+    Noise.of(seed, indices): image k of seed s always has the same stream, on every device: its block n of four words
+    is Philox of the counter (n, k) under the key s. A device's logarithm and cosine may round a value's last bit.
     """
 
     def __init__(self, seeds, device="cpu"):
@@ -872,6 +875,26 @@ class Noise:
     def uniform(self, shape):
         """Uniform values in [0, 1) (images, *shape): multiples of 2^-24, exact in float32."""
         return ((self.words(math.prod(shape)) >> 8).float() * 2**-24).unflatten(1, shape)
+
+
+def compiled(step):
+    """The inner step of a sampler, compiled; on CUDA it is recorded as a graph, so that the host launches it at once.
+
+    The result is a copy: the next call writes into the graph's own memory.
+    """
+    step = torch.compile(step, mode="reduce-overhead")
+    return lambda *args: step(*args).clone()
+
+
+def zeros(kept, shape, like, dtype=None):
+    """Memory for keys and values, like this tensor. kept: None, or a dict in which it stays from one batch to the next,
+    for a recorded graph reads and writes at the places where it was recorded."""
+    if kept is None:
+        return like.new_zeros(shape, dtype=dtype)
+    if (key := (*shape, dtype, like.device)) not in kept:
+        kept[key] = like.new_zeros(shape, dtype=dtype)
+        torch._dynamo.mark_static_address(kept[key])
+    return kept[key]
 
 
 def guidance_scales(cfg, steps):

@@ -382,14 +382,16 @@ class Tokenizer(nn.Module):
 
     def condition(self, z, past=None):
         """z' (B, n, decoder_dim) of the next n code vectors z (B, n, code_dim), and every layer's keys and values so
-        far. `past` are those of the tokens before: causal layers can take the tokens as they come."""
+        far. `past` are those of the tokens before, () at the first ones: causal layers can take tokens as they come.
+        None: these are all, and no keys and values are kept."""
         begin = past[0][0].shape[2] if past else 0
         x, kept = self.from_code(z) + self.positions.weight[begin:begin + z.shape[1]], []
 
         def attend(q, k, v):
             if past:
                 k, v = (torch.cat(pair, 2) for pair in zip(past[len(kept)], (k, v)))
-            kept.append((k, v))
+            if past is not None:
+                kept.append((k, v))
             if not begin:
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True)
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(begin)
@@ -479,7 +481,7 @@ class Decoding:
         self.ends = [start + c.queries // c.groups for start in self.starts]
         self.times = [*shift(u, c.beta).tolist(), 1.0]
         self.x, self.image = noise, noise / c.data_std
-        self.z, self.past, self.done, self.before = None, None, 0, None
+        self.z, self.past, self.done, self.before = None, (), 0, None
 
     def take(self, codes):
         """codes (B, n): all tokens so far, old and new."""
@@ -599,19 +601,24 @@ def load_dino(folder=""):
 # --- The AR model -----------------------------------------------------------------------------------------------------
 
 class LlamaAttention(nn.Module):
-    """Causal self-attention with rotary positions; `cache` (2, B, H, N, C) keeps keys and values of earlier tokens."""
+    """Causal self-attention with rotary positions.
+
+    For a single token: `cache` (2, B, H, places, C) has keys and values of earlier ones and gets those of this one, at
+    place `at` (1,); mask (1, places) says which places are seen, None: all.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads, self.wqkv, self.wo = heads, nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x, rotary, cache=None, at=0):                                        # (B, n, D)
+    def forward(self, x, rotary, cache=None, at=None, mask=None):                          # (B, n, D)
         q, k, v = self.wqkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # (B, H, n, C) each
         q, k = rotate(q, rotary), rotate(k, rotary)
-        if cache is not None:                                                              # n = 1: token `at`
-            cache[0][:, :, at:at + 1], cache[1][:, :, at:at + 1] = k, v
-            k, v = cache[0][:, :, :at + 1], cache[1][:, :, :at + 1]                        # only what is filled
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        if cache is not None:                                                              # n = 1
+            cache[0].index_copy_(2, at, k.to(cache.dtype))
+            cache[1].index_copy_(2, at, v.to(cache.dtype))
+            k, v = cache
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None)
         return self.wo(x.transpose(1, 2).flatten(2))
 
 
@@ -637,8 +644,8 @@ class LlamaBlock(nn.Module):
         self.attention_norm, self.attention = nn.RMSNorm(dim, eps=1e-5), LlamaAttention(dim, heads)
         self.ffn_norm, self.feed_forward = nn.RMSNorm(dim, eps=1e-5), FeedForward(dim)
 
-    def forward(self, x, rotary, cache=None, at=0):
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, cache, at))
+    def forward(self, x, rotary, *cached):
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, *cached))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
@@ -659,6 +666,7 @@ class Llama(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)  # every token is equally likely at first
+        self.kept, self.stride = None, 1  # see compile_steps: a step looks at a multiple of `stride` places
 
     def logits(self, codes, labels):
         """Logits (B, N, V) of all tokens of codes (B, N): those of token i come from the label and tokens before i."""
@@ -677,11 +685,12 @@ class Llama(nn.Module):
         return {"loss": F.cross_entropy(logits, codes.flatten()),
                 "accuracy": (logits.argmax(-1) == codes.flatten()).float().mean()}
 
-    def step(self, x, cache, at):
-        """Logits (B, V) of token `at` from the embedding x (B, D) of the one before, and the cache of those before."""
-        x = x[:, None]
-        for layer, kept in zip(self.layers, cache, strict=True):
-            x = layer(x, self.rotary[:, at:at + 1], kept, at)
+    def step(self, x, cache, at, end, mask=None):
+        """Logits (B, V) of token `at` (1,) from the embedding x (B, D) of the one before. cache (layers, 2, B or more,
+        H, N, C): keys and values of those before, within `end` places; mask (1, end): which of these are filled."""
+        x, rotary = x[:, None], self.rotary[:, at]
+        for layer, kept in zip(self.layers, cache):
+            x = layer(x, rotary, kept[:, :len(x), :, :end], at, mask)
         return self.output(self.norm(x[:, 0])).float()
 
     def settings(self, cfg, interval, temperature, top_k, top_p):
@@ -711,14 +720,16 @@ class Llama(nn.Module):
         guided = 1 + max((i for i, g in enumerate(scales[:N]) if g != 1), default=-1)      # tokens up to the last one
         rows = torch.cat([labels, torch.full_like(labels, self.config.classes)]) if guided else labels
         x, draws = self.class_embed(rows), noise.uniform((self.config.tokenizer.queries,))
-        C = self.config.dim // self.config.heads
+        C, H = self.config.dim // self.config.heads, self.config.heads
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        cache = x.new_zeros((len(self.layers), 2, len(rows), self.config.heads, N, C), dtype=dtype)
-        codes = torch.zeros(B, N, dtype=torch.long, device=x.device)
+        cache = common.zeros(self.kept, (len(self.layers), 2, len(rows), H, N, C), x, dtype)
+        codes, places = torch.zeros(B, N, dtype=torch.long, device=x.device), torch.arange(N, device=x.device)
+        seen = places <= places[:, None]                                                   # (N, N)
         for i in range(N):
-            if i == guided:  # from here on nobody looks at the unconditional half
-                x, cache = x[:B], cache[:, :, :B]
-            logits = self.step(x, cache, i)
+            if i == guided:
+                x = x[:B]  # from here on nobody looks at the unconditional half
+            end = min(-(-(i + 1) // self.stride) * self.stride, N)                         # only what is filled
+            logits = self.step(x, cache, places[i:i + 1], end, seen[i:i + 1, :end] if self.stride > 1 else None)
             if i < guided:
                 logits, null = logits.chunk(2)
                 logits = null + scales[i] * (logits - null)
@@ -767,6 +778,16 @@ def pick(probs, u):
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))     # rounding never leads past
     reached = (rising > target[:, None]) & (probs > 0)  # on CUDA a cumulated sum may waver where nothing is added
     return reached.float().argmax(-1)                                                      # the first
+
+
+def compile_steps(model, tokenizer):
+    """Compiles what sampling repeats: the step of a token and that of the pixel decoder.
+
+    A token's step is recorded for every 32nd length, not for every one. The decoder's is not recorded: it may run
+    beside it, on another stream, and recorded graphs share their memory.
+    """
+    model.step, model.kept, model.stride = common.compiled(model.step), {}, min(32, model.config.tokenizer.queries)
+    tokenizer.pixels.compile()
 
 
 @functools.cache

@@ -310,10 +310,9 @@ class Downsampler(nn.Module):
             width = c[i]
         self.conv_out = nn.Conv2d(c[-1], config.dim, 3, padding=1)
 
-    def forward(self, x, t):                                                               # (M, z, p, p), (M,) or (1,)
-        """Tokens (M, n, H), in float32, and the feature maps for the upsampler."""
-        e, x = self.time(t), self.conv_in(x)
-        kept = [x]
+    def forward(self, x, e):                                                               # (M, z, p, p), (M or 1, E)
+        """Tokens (M, n, H), in float32, and the feature maps for the upsampler. e: what `time` makes of the steps."""
+        kept = [x := self.conv_in(x)]
         for level in self.levels:
             for j in range(len(level.resnets)):
                 kept.append(x := level.block(j, x, e))
@@ -344,9 +343,9 @@ class Upsampler(nn.Module):
             self.levels.append(Level(pairs, u.attention[i], u, twice))
         self.conv_out = nn.Conv2d(c[0], config.vae.channels, 3, padding=1)
 
-    def forward(self, x, t, kept):                                                         # (M, n, H), (M,) or (1,)
-        """Blocks (M, z, p, p), in float32."""
-        e, kept = self.time(t), list(kept)
+    def forward(self, x, e, kept):                                                         # (M, n, H), (M or 1, E)
+        """Blocks (M, z, p, p), in float32. e: what `time` makes of the steps."""
+        kept = list(kept)
         x = self.conv_in(x.transpose(1, 2).unflatten(2, (self.side, self.side)))
         for level in self.levels:
             for j in range(len(level.resnets)):
@@ -556,6 +555,7 @@ class MADFormer(nn.Module):
         row, column = block // c.across * p + inside // p, block % c.across * p + inside % p
         self.register_buffer("rotary", rotary_grid(row, column, c.side), persistent=False)
         self.register_buffer("alphas_bar", alphas_bar(), persistent=False)
+        self.kept = None  # see compile_steps
         if c.text:
             self.tokenizer = Text(c.text_tokenizer)
             if 0 < c.vocabulary < self.tokenizer.size:
@@ -652,7 +652,7 @@ class MADFormer(nn.Module):
         eps = torch.randn_like(x) if eps is None else eps
         clean_t = t if c.clean_time == "noisy" else torch.zeros_like(t)
         features, kept = self.down(torch.cat([x, self.noised(x, eps, t)]).flatten(0, 1),
-                                   torch.cat([clean_t, t]).flatten())
+                                   self.down.time(torch.cat([clean_t, t]).flatten()))
         clean, z = features.unflatten(0, (2, B, T))                                        # (B, T, n, H) each
         of_clean, of_noisy = zip(*(f.chunk(2) for f in kept))
 
@@ -673,7 +673,8 @@ class MADFormer(nn.Module):
         def latent(rows, t, kept):
             m = rows.shape[1] // c.tokens                                                  # blocks; T, or T - 1
             kept = [f.unflatten(0, (B, T))[:, :m].flatten(0, 1) for f in kept]
-            return self.up(rows.unflatten(1, (m, -1)).flatten(0, 1), t[:, :m].flatten(), kept).unflatten(0, (B, m))
+            e = self.up.time(t[:, :m].flatten())
+            return self.up(rows.unflatten(1, (m, -1)).flatten(0, 1), e, kept).unflatten(0, (B, m))
 
         out = {"image": F.mse_loss(latent(rows["noise"], t, of_noisy), x if c.target == "clean" else eps)}
         loss = c.image_weight * out["image"]                                               # Eq. 6, term by term
@@ -724,17 +725,18 @@ class MADFormer(nn.Module):
             text = torch.cat([text, self.empty(text)])
         times = 2 if guided else 1
         cache = self.remember(times * B, text)
-        last = schedule(sampler, len(scales))[0][-1] if c.clean_time == "noisy" else 0
+        ts = torch.tensor(schedule(sampler, len(scales))[0], device=device)
+        down, up = self.down.time(ts), self.up.time(ts)                                    # (steps, E), for all blocks
+        clean = down[-1:] if c.clean_time == "noisy" else self.down.time(torch.zeros_like(ts[:1]))
         blocks = torch.zeros(B, c.ar_length, c.vae.channels, c.block, c.block, device=device)
         before = self.boi.expand(times * B, -1, -1)
         for j in range(c.ar_length):
             if j:
-                before = self.down(blocks[:, j - 1], torch.full((1,), last, device=device))[0]
-                before = before.repeat(times, 1, 1)
+                before = self.down(blocks[:, j - 1], clean)[0].repeat(times, 1, 1)
             condition = self.prepare(j, before, cache)
 
             def network(x, i, t, j=j, condition=condition):
-                out = self.denoise(x, t, j, condition, cache)
+                out = self.denoise(x, (down[i:i + 1], up[i:i + 1]), j, condition, cache)
                 if not guided:
                     return out
                 out, null = out.chunk(2)
@@ -767,7 +769,8 @@ class MADFormer(nn.Module):
         c, L, device = self.config, 0 if text is None else text.shape[1], self.boi.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         depth = c.ar_depth if c.mlp_denoising else c.depth
-        store = torch.zeros(depth, 2, B, c.dim // HEAD, L + c.ar_length * c.tokens, HEAD, dtype=dtype, device=device)
+        shape = (depth, 2, B, c.dim // HEAD, L + c.ar_length * c.tokens, HEAD)
+        store = common.zeros(self.kept, shape, self.boi, dtype)
         if text is None:
             return Cache(store, 0, None)
         rows, layout = self.embed(text), self.text_layout(text)
@@ -793,16 +796,17 @@ class MADFormer(nn.Module):
                 noise = layer.cached("noise", noise, here, store, cache.begin + j * n, cache.mask)  # Eq. 2
         return noise if c.condition else torch.zeros_like(noise)
 
-    def denoise(self, x, t, j, condition, cache):
-        """The network's output for block j at step t: x (B, z, p, p) under the conditions (B, n, H), or 2 B of them."""
-        c, n, t = self.config, self.config.tokens, torch.full((1,), t, device=x.device)
-        z, kept = self.down(x, t)
+    def denoise(self, x, time, j, condition, cache):
+        """The network's output for block j: x (B, z, p, p) under the conditions (B, n, H), or 2 B of them. time: the
+        embeddings (1, E) of the step, for the downsampler and for the upsampler."""
+        c, n = self.config, self.config.tokens
+        z, kept = self.down(x, time[0])
         times = len(condition) // len(x)
         rows = condition + z.repeat(times, 1, 1)                                           # Eq. 4
         for i in range(c.ar_depth, c.depth):                                               # Eq. 5
             history = () if c.mlp_denoising else (cache.store[i], cache.begin + j * n, cache.mask)
             rows = self.layers[i].cached("noise", rows, self.rotary[:, j * n:(j + 1) * n], *history)
-        return self.up(rows, t, [f.repeat(times, 1, 1, 1) for f in kept])
+        return self.up(rows, time[1], [f.repeat(times, 1, 1, 1) for f in kept])
 
     @torch.no_grad()
     def sample_plainly(self, labels, noise, *, cfg=None, steps=None, sampler=None, clip=0.0, text=None):
@@ -815,7 +819,7 @@ class MADFormer(nn.Module):
         def network(x, t, text):
             j, t = len(images), torch.full((1,), t, device=x.device)
             first = j if c.clean_blocks else 0  # without clean blocks history is seen through noise rows
-            z, kept = self.down(x, t)
+            z, kept = self.down(x, self.down.time(t))
             rows, layouts = {}, {}
             if text is not None:
                 rows["text"], layouts["text"] = self.embed(text), self.text_layout(text)
@@ -825,7 +829,7 @@ class MADFormer(nn.Module):
             layouts["noise"] = self.image_layout(NOISE, first, j + 1 - first)
             noisy[j:] = [z]
             rows, _ = self.towers(rows, layouts, torch.cat(noisy[first:], 1))
-            return self.up(rows["noise"][:, -c.tokens:], t, kept)
+            return self.up(rows["noise"][:, -c.tokens:], self.up.time(t), kept)
 
         def guided(x, i, t):
             out = network(x, t, text)
@@ -837,7 +841,8 @@ class MADFormer(nn.Module):
         for _ in range(c.ar_length):
             start = noise.normal((c.vae.channels, c.block, c.block))
             images.append(solve(guided, start, sampler, len(scales), c.target, clip))
-            starts.append(self.down(images[-1], torch.full((1,), last, device=start.device))[0])
+            clean = self.down.time(torch.full((1,), last, device=start.device))
+            starts.append(self.down(images[-1], clean)[0])
         return self.join(torch.stack(images, 1))
 
     @torch.no_grad()
@@ -858,6 +863,11 @@ class MADFormer(nn.Module):
 
 
 # --- Stages: what is trained, in order, and how -----------------------------------------------------------------------
+
+def compile_steps(model, vae):
+    """Compiles what sampling repeats: a denoising step."""
+    model.denoise, model.kept = common.compiled(model.denoise), {}
+
 
 def generate(model, vae, labels, noise, *, nfe=None, steps=None, on_step=None, **options):
     """Images (B, 3, h, w) in -1 .. 1 and what they cost: steps, and layer evaluations per block as the paper counts

@@ -62,6 +62,7 @@ def arguments():
     add("--out", default="samples.png", help="x.png: a grid; x.gif: the denoising; x.npz: uint8 images (arr_0, NHWC)"
                                              " and labels (arr_1); folder/: PNGs")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on CUDA, else fp32")
+    add("--compile", action=argparse.BooleanOptionalAction, help="the inner step (default: on CUDA, but not for tiny)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--cfg", type=guidance, help="guidance scale: 1 is off (and costs half), 0 unconditional; 1.1:10 runs linearly"
                                      " over the steps or tokens; 1,1.2,1.3,1.4: one for each MRAR round")
@@ -189,7 +190,9 @@ def load(args, device):
                  **{k: content[k] for k in ("stage", "size", "step", "data")}}
     if not hasattr(model, "sample"):
         raise UserError(f"{args.ckpt} holds a {source.name}, which makes no pictures of its own")
-    model, first = model.to(device).eval().requires_grad_(False), source.load(first).to(device)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # of convolutions; on the CPU it
+    model = model.to(device, memory_format=layout).eval().requires_grad_(False)         # is quicker, too, but less exact
+    first = source.load(first).to(device, memory_format=layout)
     module.check(model, first)
     return model, first, {"model": args.model, **about, "weights_hash": common.fingerprint(model)}
 
@@ -292,6 +295,11 @@ def draw(args, rank, world, device):
         with contextlib.suppress(ValueError, AttributeError):  # no JSON, or no dict: sampled again
             if meta.items() <= json.loads(beside.read_text()).items():
                 return  # of a sweep that was interrupted
+    compiled = args.compile if args.compile is not None else device.type == "cuda" and about.get("size") != "tiny"
+    if compiled:
+        module.compile_steps(model, first)
+        if rank == 0:
+            print("compiling: the first batch takes a minute or so longer")
     if precision == "bf16":
         for linear in (part for part in model.modules() if isinstance(part, torch.nn.Linear)):
             linear.bfloat16()  # once: autocast would do it again at each step

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 import common
 import dar
@@ -65,6 +67,8 @@ def arguments():
     add("--lr", type=float, help="learning rate (default: the recipe's)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on CUDA, else fp32")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, but not for tiny")
+    add("--recompute", action="store_true", help="keep no activations inside blocks, compute them again: less memory,"
+                                                 " a third more work")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--workers", type=int, help="processes that load images (default: up to 4)")
     add("--cache", metavar="DIR", help="where latents or tokens are cached (default: <out>/cache); off: made anew")
@@ -207,6 +211,8 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
         judge.side  # a reference that is no good ends the stage before it begins
     log = Log(folder, step, args.tensorboard) if rank == 0 else None
     stage.ready(module, config)
+    if args.recompute:
+        recompute(module)
     if compiled:
         module.compile()  # in place and before DDP: the names in state_dict stay as they are
     wrapped = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False,
@@ -323,6 +329,16 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
         dist.barrier()
     if rank == 0:
         print(f"stage {stage.name}: done, see {folder}/samples; weights in {folder / 'model.pt'}")
+
+
+def recompute(module):
+    """Makes the blocks, what stands in the outermost lists of modules, keep only their input for the way back."""
+    for child in module.children():
+        if not isinstance(child, nn.ModuleList):
+            recompute(child)
+            continue
+        for block in child:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def adamw(module, stage, recipe, device):

@@ -495,6 +495,11 @@ class TransDiff(nn.Module):
         return references[-1]
 
 
+def compile_steps(model, vae):
+    """Compiles what sampling repeats: the decoder."""
+    model.decoder.forward = common.compiled(model.decoder.forward)
+
+
 def logit_normal(normal):
     """Times k/1000, k = 0 .. 999, from standard normal values: the sigmoid, floored."""
     return (1000 * torch.sigmoid(normal).float()).floor() / 1000

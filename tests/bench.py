@@ -5,6 +5,7 @@
     python tests/bench.py --model transdiff --compare plain              # the fast paths against the plain ones
     python tests/bench.py --model madformer --grow ar_length=1,4,16      # how cost grows: a process for each value
     python tests/bench.py --model fid                                    # features, and the trace term of a distance
+    python tests/bench.py --model images                                 # decoding JPEGs
 
 Random weights and images; bf16 autocast on CUDA, float32 elsewhere. A row gives the median of the repeats after a
 warm-up, with its range. Work is counted while it runs: 2 for each multiply-add of matrix products, convolutions and
@@ -37,6 +38,7 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -124,7 +126,7 @@ def bench(args, device):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            work = more.pop("work", None) or counted(call)
+            work = more.pop("work") if "work" in more else counted(call)
             (times,), _ = measured([call], args.repeats, device)
         rows.append({"what": what, "batch": batch, "seconds": statistics.median(times), "least": min(times),
                      "most": max(times), "images_per_s": images / statistics.median(times),
@@ -140,20 +142,43 @@ def bench(args, device):
     if precision == torch.bfloat16:
         for linear in (part for part in model.modules() if isinstance(part, torch.nn.Linear)):
             linear.bfloat16()  # as sample.py does it
-    for batch in dict.fromkeys((1, args.batch)) if "sample" in args.only else ():
-        labels, size = torch.arange(batch, device=device) % config.classes, config.image_size
-        how = {name: value for name, value in (("steps", args.steps), ("cfg", args.cfg)) if value}
+    how = {name: value for name, value in (("steps", args.steps), ("cfg", args.cfg)) if value}
+    batches, work, draws = dict.fromkeys((1, args.batch)) if "sample" in args.only else (), {}, []
+    cfg = args.cfg or getattr(config, "cfg", 1.0)
 
-        def noise(batch=batch):
-            return common.Noise.of(0, range(batch), device)
+    def noise(batch):
+        return common.Noise.of(0, range(batch), device)
+
+    def generate(batch):
+        return module.generate(model, first, torch.arange(batch, device=device) % config.classes, noise(batch), **how)
+
+    def tokens(batch):
+        return model.sample(torch.arange(batch, device=device) % config.classes, noise(batch), cfg=cfg)
+
+    def all_draws(batch):
+        stream = noise(batch)
+        for name, shape in draws:
+            getattr(stream, name)(shape)
+
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        for batch in batches:  # before anything is compiled: the counter does not look into that
+            work[batch] = counted(lambda: generate(batch)), counted(lambda: tokens(batch)) if args.model == "dar" else 0
+        watched = noise(1)
+        for name in ("normal", "uniform"):
+            setattr(watched, name, lambda shape, name=name, draw=getattr(watched, name): draws.append((name, shape))
+                    or draw(shape))
+        module.generate(model, first, torch.zeros(1, dtype=torch.long, device=device), watched, **how)
+    if args.compile:
+        module.compile_steps(model, first)
+    for batch in batches:
         with torch.no_grad():
-            whole = row("sample", batch, batch, lambda: module.generate(model, first, labels, noise(), **how))
-            draw = row("  one draw of noise", batch, batch, lambda: noise().normal((3, size, size)))
-            draw["note"] = f"{100 * draw['seconds'] / whole['seconds']:.2f} % of sampling"
+            whole = row("sample", batch, batch, lambda: generate(batch), work=work[batch][0])
+            part = row("  its noise", batch, batch, lambda: all_draws(batch), work=0)
+            part["note"] = f"{100 * part['seconds'] / whole['seconds']:.1f} % of sampling"
             if args.model == "dar":
-                N, (W, D, L), cfg = first.config.queries, dar_sizes(config), args.cfg or config.cfg
+                N, (W, D, L) = first.config.queries, dar_sizes(config)
                 moved = precision.itemsize * (N * W + (1 + (cfg != 1)) * batch * L * 2 * D * (N * (N + 1) // 2 + N))
-                found = row("  tokens alone", batch, batch, lambda: model.sample(labels, noise(), cfg=cfg), bytes=moved)
+                found = row("  tokens alone", batch, batch, lambda: tokens(batch), work=work[batch][1], bytes=moved)
                 found["tokens_per_s"] = batch * N / found["seconds"]
     if "first" in args.only:
         images = torch.rand(args.batch, 3, config.image_size, config.image_size, device=device) * 2 - 1
@@ -214,8 +239,10 @@ def train_row(args, stage, config, first, device, row):
         optimizer.zero_grad(set_to_none=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         work = counted(step)
+    if args.recompute:
+        train.recompute(model)
     if args.compile:
-        model.compile()  # the counter does not look into compiled code
+        model.compile()
     found = row(f"train {stage.name}", batch, batch * group, step, work=work)
     if not stage.first:
         return
@@ -333,12 +360,12 @@ def repeating(model):
             kept["rows"] = x
         return cached(name, x, *args, **kwargs)
 
-    def again(x, t, j, condition, cache):
+    def again(x, time, j, condition, cache):
         rows = kept.get("rows") if j and not c.mlp_denoising else None
         for i in range(c.ar_depth, c.depth) if rows is not None else ():
             rows = model.layers[i].cached("clean", rows, model.rotary[:, (j - 1) * n:j * n], cache.store[i],
                                           cache.begin + (j - 1) * n, cache.mask)
-        return denoise(x, t, j, condition, cache)
+        return denoise(x, time, j, condition, cache)
 
     def sample(*args, **kwargs):
         first.cached, model.denoise = noticed, again
@@ -369,6 +396,29 @@ def bench_madformer(args, device):
           f" {args.batch / statistics.median(fast):.2f} images/s   clean block again at each step {show(released)},"
           f" {ratio(released, fast)}   everything again {show(plain)}, {ratio(plain, fast)}   largest differences"
           f" {gaps[0]:.1e}, {gaps[1]:.1e}")
+
+
+def bench_images(args, device):
+    """JPEGs of several sizes to training images of 256 pixels on one core: as a folder is read here (decoded at a
+    reduced scale, at least twice the size that is needed), and naively, at full size."""
+    rng, size = np.random.default_rng(0), 256
+    for wide, high in ((500, 375), (1024, 1024), (2048, 1536), (4096, 3072)):
+        with tempfile.TemporaryDirectory() as folder:
+            for k in range(4):
+                coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+                picture = np.asarray(Image.fromarray(coarse).resize((wide, high), Image.Resampling.BICUBIC), np.int16)
+                picture = (picture + rng.integers(-8, 9, picture.shape)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(picture).save(Path(folder, f"{k}.jpg"), quality=90)
+            data, names = common.load_data(folder, size=size), sorted(Path(folder).iterdir())
+
+            def read(source):
+                return [np.asarray(common.centre_crop(source(k), size), np.int16) for k in range(4)]
+            (naive, draft), (a, b) = measured((lambda: read(lambda k: Image.open(names[k]).convert("RGB")),
+                                               lambda: read(data.read)), args.repeats, device)
+        gap = np.abs(np.stack(a) - np.stack(b))
+        print(f"  {wide} x {high}: full decoding {4 / statistics.median(naive):6.1f} images/s   here"
+              f" {4 / statistics.median(draft):6.1f}   {ratio(naive, draft)}   differences of 255: mean"
+              f" {gap.mean():.2f}, most {gap.max()}")
 
 
 def bench_fid(args, device):
@@ -410,7 +460,7 @@ def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="transdiff", choices=(*MODELS, "fid"))
+    add("--model", default="transdiff", choices=(*MODELS, "fid", "images"))
     add("--size", default="tiny")
     add("--device", help="cpu, cuda, mps (default: the best there is)")
     add("--batch", type=int, default=8, help="of sampling and the first stage, beside batch 1 (default: 8)")
@@ -420,7 +470,8 @@ def main():
     add("--tokens", type=int, help="dar with --compare: N (default: the preset's)")
     add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the model's Config")
     add("--only", nargs="+", default=["train", "sample", "first"], choices=("train", "sample", "first"))
-    add("--compile", action="store_true", help="compile what is trained")
+    add("--compile", action="store_true", help="compile what is trained, and the samplers' inner step")
+    add("--recompute", action="store_true", help="as in train.py")
     add("--compare", choices=("plain",), help="the fast sampler against the plain one, in one run")
     add("--grow", metavar="FIELD=A,B,...", help="sampling as batch, size, steps or a field of the Config grows")
     add("--repeats", type=int, default=5)
@@ -431,13 +482,13 @@ def main():
         torch.set_float32_matmul_precision("high")
     if args.grow:
         return grow(args)
-    if args.model != "fid" and not args.compare:
+    if args.model in MODELS and not args.compare:
         return bench(args, device)
     args.steps = args.steps or 25
     guidance = "guidance 1.5" if args.model in ("transdiff", "dar") else "no guidance"
     print(f"{args.model} {args.size}, batch {args.batch}, {guidance}, float32, {device}, {torch.get_num_threads()} "
           f"threads, torch {torch.__version__}; seconds: median (range) of {args.repeats}")
-    (COMPARE | {"fid": bench_fid})[args.model](args, device)
+    (COMPARE | {"fid": bench_fid, "images": bench_images})[args.model](args, device)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,21 @@ def in_process(monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without a compiler: traces into one graph, a break is an error, and runs that as it is. Counts the
+    graphs."""
+    torch._dynamo.reset()
+    graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend=backend, fullgraph=True))
+    yield graphs
+    torch._dynamo.reset()
+
+
 def refusal(in_process, capsys, module, *arguments):
     """What a command says that is refused."""
     with pytest.raises((common.UserError, SystemExit)) as caught:

@@ -54,8 +54,9 @@ def test_madformer_does_what_is_necessary(T, D, S):
     c = dataclasses.replace(madformer.PRESETS["tiny"], ar_length=T, diffusion_depth=D, text=False)
     model, B, n, H = frozen(madformer.MADFormer(c)), 2, c.tokens, c.dim
     plane, t = torch.zeros(B, c.vae.channels, c.block, c.block), torch.zeros(1)
-    rows, kept = model.down(plane, t)
-    down, up = bench.counted(lambda: model.down(plane, t)), bench.counted(lambda: model.up(rows, t, kept))
+    e = model.down.time(t)
+    rows, kept = model.down(plane, e)
+    down, up = bench.counted(lambda: model.down(plane, e)), bench.counted(lambda: model.up(rows, e, kept))
     linear = B * 2 * n * (4 * H**2 + 3 * H * c.mlp)
     keys_values, necessary = B * 4 * n * H**2, 0
     for j in range(T):

@@ -230,7 +230,7 @@ def test_previews_come_before_the_later_tokens():
     """At the time of a preview only its own tokens are there."""
     model, t, order = llama(), tokenizer(), []
     step = model.step
-    model.step = lambda x, cache, at: order.append(at) or step(x, cache, at)
+    model.step = lambda x, cache, at, *rest: order.append(int(at)) or step(x, cache, at, *rest)
     dar.generate(model, t, torch.tensor([1]), Noise.of(0, [0]), on_step=lambda x: order.append("picture"))
     assert order == [0, 1, 2, "picture", 3, 4, 5, "picture", 6, 7, 8, "picture", 9, 10, 11, "picture"]
 
@@ -239,7 +239,7 @@ def test_the_condition_in_pieces_is_the_condition_at_once():
     """Causal layers with a cache, any pieces: what training computes in one go."""
     t = tokenizer()
     z = t.quantizer.codewords()[codes_of(2)]
-    whole, past, parts = t.condition(z)[0], None, []
+    whole, past, parts = t.condition(z)[0], (), []
     for a, b in ((0, 1), (1, 5), (5, 12)):
         part, past = t.condition(z[:, a:b], past)
         parts.append(part)
@@ -273,11 +273,26 @@ def test_cached_logits_are_plain_logits_at_every_position(monkeypatch, cfg):
     torch.testing.assert_close(torch.stack(cached), torch.stack(plain), rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_compiled_sampling_is_eager_sampling(traced):
+    """A mask and a rounded length in place of the exact one; memory that stays; few graphs for all lengths."""
+    model, t, labels, how = llama(), tokenizer(), torch.tensor([0, 1, 2]), {"cfg": 3.0, "interval": (0.0, 0.5)}
+    codes = model.sample(labels, Noise.of(0, range(3)), **how)
+    images = dar.generate(model, t, labels, Noise.of(0, range(3)), **how)[0]
+    dar.compile_steps(model, t)
+    model.stride = 4
+    for _ in range(2):
+        assert torch.equal(model.sample(labels, Noise.of(0, range(3)), **how), codes)
+    compiled = dar.generate(model, t, labels, Noise.of(0, range(3)), **how)[0]
+    torch.testing.assert_close(compiled, images, rtol=0, atol=1e-5)
+    assert len(model.kept) == 1 and len(traced) <= 5
+
+
 def test_without_guidance_nothing_is_doubled():
     """Rows of each step: doubled only up to the last token that is guided."""
     model, rows = llama(), []
     step = model.step
-    model.step = lambda x, cache, at: rows.append(len(x)) or step(x, cache, at)
+    model.step = lambda x, *rest: rows.append(len(x)) or step(x, *rest)
     model.sample(torch.tensor([0, 1]), Noise.of(0, range(2)), cfg=1.0)
     assert rows == [2] * 12
     rows.clear()

@@ -566,7 +566,7 @@ def check_madformer(f, model, out, prefix, totals):
 
     def up(rows, kept, m=c.ar_length):
         kept = [k.unflatten(0, (B, -1))[:, :m].flatten(0, 1) for k in kept]
-        blocks = model.up(rows.unflatten(1, (m, -1)).flatten(0, 1), t[:, :m].flatten(), kept)
+        blocks = model.up(rows.unflatten(1, (m, -1)).flatten(0, 1), model.up.time(t[:, :m].flatten()), kept)
         return from_blocks(blocks.unflatten(0, (B, m)))
 
     of_clean, of_noisy = zip(*(k.chunk(2) for k in watch.kept))
@@ -746,7 +746,7 @@ def test_unet_blocks():
     down, up = parts["down"], parts["up"]
     close(down.time(f["in/t"]), f["out/temb_down"])
     close(up.time(f["in/t"]), f["out/temb_up"])
-    tokens, kept = down(f["in/x"], f["in/t"])
+    tokens, kept = down(f["in/x"], down.time(f["in/t"]))
     hidden = f["in/hidden"]
     close(tokens.transpose(1, 2).view(f["out/down"].shape), f["out/down"])
     for k, feature in enumerate(kept):
@@ -762,13 +762,14 @@ def test_unet_blocks():
         level.block = watched
         if level.resample is not None:
             level.resample.register_forward_hook(lambda module, args, out: stages.append(out))
-    close(up(hidden.flatten(2).transpose(1, 2), f["in/t"], kept), f["out/up"])
+    close(up(hidden.flatten(2).transpose(1, 2), up.time(f["in/t"]), kept), f["out/up"])
     for k in range(len(f.keys("out/up_stage_"))):
         close(stages[k], f[f"out/up_stage_{k}"])
-    close(up(tokens, f["in/t"], kept), f["out/up_of_down"])
-    tokens, kept = down(f["in/x"], f["in/t_scalar"].view(1))
+    close(up(tokens, up.time(f["in/t"]), kept), f["out/up_of_down"])
+    one = f["in/t_scalar"].view(1)
+    tokens, kept = down(f["in/x"], down.time(one))
     close(tokens.transpose(1, 2).view(f["out/down"].shape), f["out/down_scalar_t"])
-    close(up(hidden.flatten(2).transpose(1, 2), f["in/t_scalar"].view(1), kept), f["out/up_scalar_t"])
+    close(up(hidden.flatten(2).transpose(1, 2), up.time(one), kept), f["out/up_scalar_t"])
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------

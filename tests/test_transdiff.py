@@ -55,6 +55,18 @@ def run_exact(velocity, shape, steps, solver, seed=0):
     return model.denoise(noise.normal(shape[1:]), ts, [], [1.0] * steps, noise, solver, 1.0, 1.0)
 
 
+@pytest.mark.parametrize("mrar", [False, True])
+def test_compiled_sampling_is_eager_sampling(traced, mrar):
+    """One graph with guidance and one without, for all steps (and rounds, whose features grow in number)."""
+    model, labels = small(mrar=mrar), torch.tensor([0, 1, 2])
+    how = dict(cfg=2.0, steps=6, interval=(0.3, 0.8))
+    eager = model.sample(labels, Noise.of(0, range(3)), **how)
+    transdiff.compile_steps(model, None)
+    for _ in range(2):
+        assert_same(model.sample(labels, Noise.of(0, range(3)), **how), eager)
+    assert len(traced) <= (4 if mrar else 2)
+
+
 def test_euler_is_exact_on_straight_paths():
     """From any noise, v = eps - x lands on x in any number of steps; a wrong sign, order or step size misses it."""
     target = torch.randn(16, 4)
