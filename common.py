@@ -16,16 +16,20 @@ import datetime
 import functools
 import gzip
 import hashlib
+import http.client
 import json
 import math
 import os
 import pickle
+import platform
 import re
 import struct
 import sys
 import tarfile
 import typing
 import urllib.error
+import urllib.request
+import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -38,6 +42,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 
@@ -55,12 +60,21 @@ def command(main):
         message = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
     except torch.OutOfMemoryError as error:
         message = f"{str(error).split('. ')[0]}: a smaller --batch-size, or in training more --accumulate, needs less"
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            message = "a process that loads images died (killed, or out of memory): the same command goes on from the" \
+                      " last saved step, --workers 0 does without"
+        elif dist.is_initialized() and re.search("peer|gloo|NCCL|Timed out", str(error), re.IGNORECASE):
+            message = f"lost another rank ({str(error).splitlines()[0][:100]})"
+        else:
+            raise
     except KeyboardInterrupt:
         message = "interrupted"
     else:
         return
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    rank = f" on rank {dist.get_rank()}" if dist.is_initialized() else ""
+    print(f"error{rank}: {message}", file=sys.stderr, flush=True)
     os._exit(2) if dist.is_initialized() else sys.exit(2)  # other ranks may hang: torchrun ends them
 
 
@@ -423,22 +437,59 @@ def load_data(name, root="data", size=32, split="train"):
 
 
 def download(source, path, digest, hint="or name another folder with --data-root"):
-    """`path`, fetched from source/<its name> if it is not there; kept only if its SHA-256 starts with `digest`. hint:
-    what else the user can do when that fails."""
+    """`path`, fetched from source/<its name> if it is not there; kept only if its SHA-256 starts with `digest`. What
+    was fetched when the line broke stays beside it; the next attempt goes on there. hint: what else the user can do."""
     plain = path.with_suffix("") if path.suffix == ".gz" and path.with_suffix("").suffix != ".tar" else path
     with rank_zero_first():
         if not path.exists() and plain.exists():
             return plain
         if not path.exists():
+            part = path.with_name(path.name + ".part")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 print(f"downloading {source}{path.name} to {path}")
-                torch.hub.download_url_to_file(source + path.name, str(path), digest, progress=sys.stderr.isatty())
-            except (OSError, RuntimeError, urllib.error.URLError) as error:
+                fetch(source + path.name, part)
+                found = file_digest(part, hashlib.sha256())
+                if not found.startswith(digest or ""):
+                    part.unlink()
+                    raise OSError(f"what came has SHA-256 {found}")
+                os.replace(part, path)
+            except (OSError, http.client.HTTPException) as error:
                 known = f" (SHA-256 {digest})" if digest else ""
-                raise UserError(f"cannot download {source}{path.name}: {error}; fetch it by other means to {path}"
-                                f"{known}, {hint}") from None
+                raise UserError(f"cannot download {source}{path.name}: {error}; try again, or fetch it by other means"
+                                f" to {path}{known}, {hint}") from None
     return path
+
+
+def file_digest(path, digest):
+    """Hexadecimal digest of a file of any size."""
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def fetch(url, part):
+    """The content of a URL into the file `part`, behind what is there already, if the server can do that."""
+    there = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and there:  # nothing is missing
+            return
+        raise
+    with answer, open(part, "ab" if answer.status == 206 else "wb") as f:
+        size = int(answer.headers.get("Content-Length") or 0)
+        bar = tqdm(total=f.tell() + size or None, initial=f.tell(), unit="B", unit_scale=True, mininterval=1.0,
+                   disable=not sys.stderr.isatty())
+        while piece := answer.read(1 << 20):
+            f.write(piece)
+            bar.update(len(piece))
+            size -= len(piece)
+        bar.close()
+    if size > 0:
+        raise OSError(f"the line broke, {size} bytes are missing")
 
 
 def read_idx(path):
@@ -694,11 +745,12 @@ class Order:
     """Which images make which micro-batch of a run: an endless row of shuffled epochs, cut into pieces.
 
     order(k) is micro-batch k of the whole run, over all ranks and steps: a list of (epoch, images), where `images`
-    are `group` images of one class. It depends on (seed, k) alone: resuming and re-sharding keep it.
+    are `group` images of one class. It depends on (seed, k) alone: resuming and re-sharding keep it. Places in the row
+    are moved on by `shift` where a run goes on with another batch size.
     """
 
     def __init__(self, labels, batch, group=1, seed=0):
-        self.labels, self.batch, self.group, self.seed = labels, batch, group, seed
+        self.labels, self.batch, self.group, self.seed, self.shift = labels, batch, group, seed, 0
         self.epoch = functools.lru_cache(2)(self.shuffled)
         self.length = len(self.shuffled(0))  # samples per epoch
 
@@ -712,7 +764,8 @@ class Order:
         return rng.permutation(np.concatenate(groups))
 
     def __call__(self, k):
-        places = (divmod(p, self.length) for p in range(k * self.batch, (k + 1) * self.batch))
+        begin = k * self.batch + self.shift
+        places = (divmod(p, self.length) for p in range(begin, begin + self.batch))
         return [(e, self.epoch(e)[offset]) for e, offset in places]
 
 
@@ -739,9 +792,8 @@ class Rows:
     def __init__(self, folder, shape, dtype, about):
         folder = Path(folder)
         header = {"shape": list(shape), "dtype": np.dtype(dtype).name, **about}
-        with rank_zero_first():
+        with rank_zero_first(), locked(folder / ".lock", wait=True):  # runs that start together may share a cache
             if not (folder / "header.json").exists():
-                folder.mkdir(parents=True, exist_ok=True)
                 for name, form, kind in (("rows", shape, dtype), ("done", shape[:1], bool)):
                     array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, tuple(form))
                     if hasattr(os, "posix_fallocate"):  # a full disk says so now, not by a crash in the middle
@@ -987,7 +1039,13 @@ def distributed(device=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=60))
+        how = {"timeout": datetime.timedelta(minutes=60)}
+        if world == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
+            # After --max-restarts the ranks would find the addresses of the dead ones in torchrun's store.
+            store = next(rendezvous("env://"))[0]
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            how |= {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": world}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **how)
     return rank, world, device
 
 
@@ -1038,8 +1096,14 @@ def atomic(path, keep=False):
             yield f
             f.flush()
             os.fsync(f.fileno())
-        if keep and path.exists():
-            os.replace(path, path.with_suffix(".previous" + path.suffix))
+        if keep and path.exists():  # there is a whole `path` at any moment
+            spare = path.with_name(f".{path.name}.spare")
+            spare.unlink(missing_ok=True)
+            try:
+                os.link(path, spare)
+            except OSError:  # a file system without links
+                spare = path
+            os.replace(spare, path.with_suffix(".previous" + path.suffix))
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was there is"
@@ -1047,6 +1111,26 @@ def atomic(path, keep=False):
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path, wait=False):
+    """Holds the lock `path` until the block or the process ends, however it does. Taken: waits, or raises UserError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as f:
+        try:
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB * (not wait))
+        except BlockingIOError:
+            f.seek(0)
+            raise UserError(f"another process ({f.read().strip() or 'of an unknown number'}) works in {path.parent}:"
+                            " wait for it, or take another --out") from None
+        except (ImportError, OSError):  # Windows, and file systems without locks: on one's own
+            pass
+        f.truncate(0)
+        f.write(f"{os.getpid()} on {platform.node()}")
+        f.flush()
+        yield
 
 
 def save(path, content, keep=False):
@@ -1083,13 +1167,15 @@ def read(path):
         except SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from None
     try:
+        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):  # torch.load does not look at sums
+            raise UserError(f"{path} is damaged: wrong checksum of {bad}")
         with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it holds code ({found[1]}), which is not run" if found else "not a file that torch.save wrote"
         raise UserError(f"{path}: {reason}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged: {(str(error) or 'it is empty').splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")

@@ -1,21 +1,24 @@
 """FID, sFID, Inception score, precision and recall: the numbers that papers report, from one file.
 
-    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz               # FID, sFID, IS, precision, recall
+    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz     # FID, sFID, IS, precision, recall
     python fid.py samples/ statistics.npz --metrics fid --resize pytorch    # as pytorch-fid
     python fid.py /data/imagenet/train --image-size 256 --save-stats train.npz
-    python fid.py samples.npz fashion-mnist --features classifier           # toy runs: FD-classifier, no download
+    python fid.py samples.npz fashion-mnist --features classifier   # toy runs: no download
     torchrun --nproc_per_node 8 -- fid.py samples.npz reference.npz
 
-Idea      A network turns every image into 2048 features. FID (Heusel et al., 2017) is the Frechet distance between the
-          Gaussians that have the mean and covariance of two sets' features; sFID (Nash et al., 2021) the same of 2023
-          features that still know where things are; the Inception score (Salimans et al., 2016) looks at the class
-          probabilities; precision and recall (Kynkaanniemi et al., 2019) count the samples that lie among the
-          reference's images, and the reference's images that lie among the samples.
-Same as   torch-fidelity and the ADM suite with `--resize tf1`, the default (TransDiff, D-AR); pytorch-fid with
-          `--resize pytorch` (MADFormer). Never compare numbers of other resizing, reference or number of samples.
-Inputs    SAMPLES and REFERENCE are each a folder of pictures; an .npz of uint8 images arr_0 (N, H, W, 3) and perhaps
-          labels arr_1 (uncompressed, it is not read into memory); a file of statistics mu, sigma and perhaps mu_s,
-          sigma_s (.npz or .pt); or a named data set: fashion-mnist is its test images, fashion-mnist:train the others.
+Idea      A network turns every image into 2048 features. FID (Heusel et al., 2017) is the Frechet
+          distance between the Gaussians that have the mean and covariance of two sets' features;
+          sFID (Nash et al., 2021) the same of 2023 features that still know where things are; the
+          Inception score (Salimans et al., 2016) looks at the class probabilities; precision and
+          recall (Kynkaanniemi et al., 2019) count the samples that lie among the reference's
+          images, and the reference's images that lie among the samples.
+Same as   torch-fidelity and the ADM suite with `--resize tf1`, the default (TransDiff, D-AR);
+          pytorch-fid with `--resize pytorch` (MADFormer). Never compare numbers of other resizing,
+          reference or number of samples.
+Inputs    SAMPLES and REFERENCE are each a folder of pictures; an .npz of uint8 images arr_0
+          (N, H, W, 3) and perhaps labels arr_1 (uncompressed, it is not read into memory); a file
+          of statistics mu, sigma and perhaps mu_s, sigma_s (.npz or .pt); or a named data set:
+          fashion-mnist is its test images, fashion-mnist:train the others.
 """
 import argparse
 import collections
@@ -27,6 +30,7 @@ import json
 import math
 import os
 import re
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +50,7 @@ WEIGHTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05
 DIGEST = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SOURCE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 SIDE = 299  # pixels that the network sees
+PAUSE = 60  # seconds between two savings of what an extraction has
 METRICS = ("fid", "sfid", "is", "pr")
 KNOWN = {"arr_1", "mu", "sigma", "mu_s", "sigma_s", "n", "features"}  # of the entries of a file, besides arr_0
 NAMES = {"fid": "FID", "fd_classifier": "FD-classifier", "sfid": "sFID", "is": "IS"}  # as people write them
@@ -192,7 +197,7 @@ def load_inception(path=None):
         common.download(SOURCE, file, DIGEST, "or name it with --weights; --features classifier needs none")
     elif not file.exists():
         raise UserError(f"--weights {file}: no such file; {SOURCE}{WEIGHTS[0]} is it (SHA-256 {DIGEST})")
-    digest = file_digest(file, hashlib.sha256())
+    digest = common.file_digest(file, hashlib.sha256())
     if not given and digest != DIGEST:
         raise UserError(f"{file} is damaged (SHA-256 {digest[:8]}..., not {DIGEST[:8]}...): delete it and it is"
                         " downloaded again")
@@ -203,14 +208,6 @@ def load_inception(path=None):
     if digest != DIGEST and common.ranks()[0] == 0:
         print(f"note: {file} is not the published file: its numbers compare with no others")
     return network.folded(), digest[:8]
-
-
-def file_digest(path, digest):
-    """Hexadecimal digest of a file of any size."""
-    with open(path, "rb") as f:
-        while piece := f.read(1 << 24):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def resize_tf1(images):
@@ -429,7 +426,7 @@ class Source:
                 if len(self.files) > 100_000:
                     digest.update(str((file.stat().st_size, file.stat().st_mtime_ns)).encode())
                 else:
-                    file_digest(file, digest)
+                    common.file_digest(file, digest)
         return digest.hexdigest()[:16]
 
     def open_file(self):
@@ -668,7 +665,7 @@ class Judge:
         def load(file):
             with np.load(file, allow_pickle=False) as content:
                 return dict(content)
-        found = self.kept(lambda: f"{source.digest}-{self.name}.npz", load, lambda: self.extract(source).gathered(),
+        found = self.kept(lambda: f"{source.digest}-{self.name}.npz", load, lambda: self.extract(source),
                           lambda f, made: np.savez(f, **made))
         if first and "mu" not in found and not known:
             raise UserError(f"{source.path}: a covariance needs two images at least, there"
@@ -695,15 +692,22 @@ class Judge:
         return found
 
     def extract(self, source):
-        """Features of this rank's share of the images. Of more than 100,000 only the moments are kept."""
+        """Features of the images, gathered. Of more than 100,000 only the moments are kept. What a rank has of its
+        share is stored now and then, so that an interrupted job goes on."""
         rank, world = common.ranks()
         labels, known = source.labels, self.reference and self.reference.classes
         if source.classes and known and labels is not None:  # by name: samples may have some of the classes only
             labels = np.array([known.index(name) if name in known else -1 for name in source.classes])[labels]
-        mine = np.array_split(np.arange(source.n), world)[rank]
-        chunks = iter(np.array_split(mine, range(self.batch, len(mine), self.batch)))
-        found = Features(keep=source.n <= 100_000)
-        bar = common.progress(len(mine), f"features of {source.path.name}", "img", rank)
+        mine, found, done = np.array_split(np.arange(source.n), world)[rank], Features(keep=source.n <= 100_000), 0
+        digest, begun = agreed(source.digest if self.cache and rank == 0 else None), time.monotonic()
+        partial = digest and self.cache / f"{digest}-{self.name}-{rank}-{world}.partial"
+        if partial:
+            with contextlib.suppress(UserError, KeyError), torch.serialization.safe_globals([Features, Moments]):
+                state = common.read(partial)  # of a job that was interrupted
+                found, done = state["found"], state["done"]
+        bar = common.progress(len(mine), f"features of {source.path.name}", "img", rank, done)
+        mine = mine[done:]
+        chunks = iter(np.array_split(mine, range(self.batch, len(mine), self.batch)) if len(mine) else ())
         with ThreadPoolExecutor(4) as readers:
             def ahead(chunk):  # a batch in each thread
                 return readers.submit(lambda: [(i, source.read(i)) for i in chunk.tolist()])
@@ -716,9 +720,17 @@ class Judge:
                 if images:
                     found.add(*self.look(images), None if labels is None else labels[index])
                 found.broken += len(read) - len(images)
+                done += len(read)
                 bar.update(len(read))
+                if partial and time.monotonic() - begun > PAUSE:
+                    with contextlib.suppress(UserError):  # no room: goes on without
+                        common.save(partial, {"found": found, "done": done})
+                    begun = time.monotonic()
         bar.close()
-        return found
+        whole = found.gathered()
+        if partial:
+            partial.unlink(missing_ok=True)
+        return whole
 
     @functools.cached_property
     def side(self):

@@ -1,20 +1,20 @@
-"""Pictures from a run or from a released checkpoint: grids, animations, folders, and sets for evaluation.
+"""Pictures from a run or a released checkpoint: grids, animations, folders, sets for evaluation.
 
-    python sample.py --model transdiff                                       # samples.png, from runs/transdiff
+    python sample.py --model transdiff                          # samples.png, from runs/transdiff
     python sample.py --model transdiff --classes star,heart --n 16 --cfg 3 --out stars.png
     python sample.py --model transdiff --out denoising.gif
     python sample.py --model transdiff --fuse star,heart --out fused.png
     python sample.py --model transdiff --ckpt TransDiff-L.pth --vae kl16.ckpt --classes 207,360
-    python sample.py --model dar --stream --classes star,heart --out growing.png  # previews while tokens are generated
-    python sample.py --model dar --prefix-image photo.jpg --prefix-tokens 0,8,16 --classes star,heart
-    python sample.py --model dar --reconstruct photo.jpg drawing.png              # what the tokenizer keeps of pictures
+    python sample.py --model dar --stream --classes star,heart --out growing.png    # previews
+    python sample.py --model dar --prefix-image photo.jpg --prefix-tokens 0,8,16
+    python sample.py --model dar --reconstruct photo.jpg drawing.png
     python sample.py --model madformer --prompt star heart --nfe 84 --out stars.png
-    python sample.py --model madformer --sampler dpm --steps 9 --out growing.gif  # block by block, step by step
+    python sample.py --model madformer --sampler dpm --steps 9 --out growing.gif
     torchrun --nproc_per_node 8 -- sample.py --model transdiff --n 50000 --out samples.npz
-    python sample.py --model transdiff --cfg-sweep 1,1.5,2,3 --n 1000 --out sweep    # one grid, one table
+    python sample.py --model transdiff --cfg-sweep 1,1.5,2,3 --n 1000 --out sweep
 
-Image k of a seed is the same image whatever the batch size or the number of GPUs. An interrupted .npz or folder goes
-on where it was. What was sampled, and how, is written to a meta.json beside it.
+Image k of a seed is the same image whatever the batch size or the number of GPUs. An interrupted
+.npz or folder goes on where it was. What was sampled, and how, is written to a meta.json beside it.
 """
 import argparse
 import contextlib
@@ -100,6 +100,11 @@ def arguments():
     for name in ("n", "batch_size", "steps", "nfe", "rounds", "features", "tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is 1 or more, not {value}")
+    for name in ("drift_scale", "noise_scale", "temperature"):
+        if (value := getattr(args, name)) is not None and not 0 <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} is a number from 0 on, not {value}")
+    if args.top_k is not None and args.top_k < 0 or args.top_p is not None and not 0 < args.top_p <= 1:
+        parser.error("--top-k is 0 or more, --top-p is more than 0 and at most 1")
     given = {name for name, value in vars(args).items() if value is not None and value is not False}
     for name in {x for options in (SAMPLER, OTHERS) for own in options.values() for x in own} & given:
         if name not in (*SAMPLER[args.model], *OTHERS[args.model]):
@@ -132,8 +137,10 @@ def arguments():
 
 
 def numbers(text):
-    """'0.2,0.8' as a pair of floats."""
+    """'0.2,0.8' as a pair of floats in 0 .. 1."""
     low, high = (float(part) for part in text.split(","))
+    if not 0 <= low <= high <= 1:
+        raise ValueError
     return low, high
 
 
@@ -145,7 +152,10 @@ def counts(text):
 def guidance(text):
     """A number, a linear pair a:b, or a list with one entry for each round."""
     def one(part):
-        return tuple(float(x) for x in part.split(":")) if part.count(":") == 1 else float(part)
+        values = tuple(float(x) for x in part.split(":"))
+        if len(values) > 2 or not all(map(math.isfinite, values)):
+            raise ValueError
+        return values if len(values) == 2 else values[0]
     return [one(part) for part in text.split(",")] if "," in text else one(text)
 
 
@@ -190,8 +200,9 @@ def load(args, device):
                  **{k: content[k] for k in ("stage", "size", "step", "data")}}
     if not hasattr(model, "sample"):
         raise UserError(f"{args.ckpt} holds a {source.name}, which makes no pictures of its own")
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # of convolutions; on the CPU it
-    model = model.to(device, memory_format=layout).eval().requires_grad_(False)         # is quicker, too, but less exact
+    # Convolutions with channels last are quicker; on the CPU they are, but less exact.
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    model = model.to(device, memory_format=layout).eval().requires_grad_(False)
     first = source.load(first).to(device, memory_format=layout)
     module.check(model, first)
     return model, first, {"model": args.model, **about, "weights_hash": common.fingerprint(model)}

@@ -1,16 +1,16 @@
 """Trains any of the models, stage by stage: the loop, and only the loop.
 
-    python train.py --model transdiff                                    # drawn shapes, on a laptop
+    python train.py --model transdiff                                 # drawn shapes, on a laptop
     python train.py --model dar --data fashion-mnist
     python train.py --model madformer --data FOLDER --set diffusion_depth=2
-    python train.py --model transdiff --data fashion-mnist --fid-every 500    # FD-classifier in the log
-    torchrun --nproc_per_node 8 train.py --model dar --size l --data /data/imagenet/train --accumulate 4
-    torchrun --nproc_per_node 8 train.py --model transdiff --size l --data /data/imagenet/train --vae kl16.ckpt
+    python train.py --model transdiff --data fashion-mnist --fid-every 500   # FD-classifier, logged
+    torchrun --nproc_per_node 8 train.py --model dar --size l --data /data/imagenet --accumulate 4
+    torchrun --nproc_per_node 8 train.py --model transdiff --size l --data DIR --vae kl16.ckpt
 
-A run lives in runs/<model>/<stage>/: config.json, model.pt (EMA weights, for sample.py), state.pt (to go on from),
-log.jsonl, samples/. The same command goes on where it stopped; finished stages are skipped. The models say what is
-trained and how in their STAGES; everything drawn at random follows from (seed, step, micro-batch), so the step number
-alone is enough to resume, bit for bit.
+A run lives in runs/<model>/<stage>/: config.json, model.pt (EMA weights, for sample.py), state.pt
+(to go on from), log.jsonl, samples/. The same command goes on where it stopped; finished stages are
+skipped. The models say what is trained and how in their STAGES; everything drawn at random follows
+from (seed, step, micro-batch), so the step number alone is enough to resume, bit for bit.
 """
 import argparse
 import contextlib
@@ -85,10 +85,16 @@ def arguments():
     add("--seed", type=int, default=0)
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="override fields of the model's Config")
     args = parser.parse_args()
-    for name in ("steps", "epochs", "batch_size", "accumulate", "lr", "log_every", "save_every", "sample_every",
-                 "fid_every"):
-        if (value := getattr(args, name)) is not None and value <= 0:
+    for name in ("image_size", "steps", "epochs", "batch_size", "accumulate", "lr", "log_every", "save_every",
+                 "sample_every", "fid_every"):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} is more than 0, not {value}")
+    if args.steps and args.epochs:
+        parser.error("--steps or --epochs says how long: not both")
+    if (args.workers or 0) < 0:
+        parser.error(f"--workers is 0 or more, not {args.workers}")
+    if (args.fid_reference or args.fid_features) and not args.fid_every:
+        parser.error("--fid-reference and --fid-features belong to --fid-every")
     if args.seed < 0:
         parser.error(f"--seed is 0 or more, not {args.seed}")
     if args.fid_samples < 4:
@@ -144,7 +150,8 @@ def main():
             raise UserError(f"this configuration is impossible: {error}") from None
         if first and (asked := getattr(config, stage.first)) != first.config:
             raise UserError(f"the {stage.first} in {first_path} is another one: {differences(first.config, asked)}")
-        train(args, stage, config, data, first, first_path, rank, world, device)
+        with common.locked(args.out / f".{stage.name}.lock") if rank == 0 else contextlib.nullcontext():
+            train(args, stage, config, data, first, first_path, rank, world, device)
     if world > 1:
         dist.destroy_process_group()
 
@@ -176,11 +183,12 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
         parameter.requires_grad_(parameter.requires_grad and stage.trains(config, name))
     ema = copy.deepcopy(module).float().eval().requires_grad_(False)
     optimizer = adamw(module, stage, recipe, device)
-    step = resume(folder, module, ema, optimizer, config)
+    step, seen, damaged = resume(folder, module, ema, optimizer, config)
     if step >= steps:
         if rank == 0:
             print(f"stage {stage.name}: {step} steps are done")
         return
+    order.shift = (seen or step * recipe.batch) - step * recipe.batch  # not 0 if an earlier part had another batch size
     if not step:
         begin(args, stage, config, module, rank)
         ema.load_state_dict(module.state_dict())
@@ -193,16 +201,21 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
         source = common.Pictures(data, config.image_size, stage.augment(config), args.seed)
     meta = {"family": args.model, "size": args.size, "stage": stage.name, "data": data.name, "classes": data.classes,
             "first": first_path, "config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe),
-            "steps": steps, "seed": args.seed, "precision": precision, "torch": str(torch.__version__)}
-    if rank == 0:
+            "steps": steps, "seed": args.seed, "precision": precision, "ranks": world, "torch": str(torch.__version__)}
+
+    def describe():
         with common.atomic(folder / "config.json") as f:
             f.write(json.dumps(meta, indent=1).encode())
+
+    if rank == 0:
+        changed = changes(folder, meta) if step else ""
+        describe()
         count = sum(p.numel() for p in module.parameters())
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         print(f"stage {stage.name}: {count:,} parameters, {trained:,} of them trained; {config.image_size} px; steps "
               f"{step:,} to {steps:,} of {world} x {args.accumulate} x {micro} samples"
               f"{f' of {group} images' * (group > 1)}; {device.type}, {precision}{', compiling' * compiled}; "
-              f"{memory(device):.2f} GB used")
+              f"{memory(device):.2f} GB used{changed and f'; changed: {changed}'}")
     judge = None
     if first and args.fid_every:
         judge = fid.Judge(args.fid_reference or args.data, size=config.image_size, data_root=args.data_root,
@@ -210,6 +223,8 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
                           device=device)
         judge.side  # a reference that is no good ends the stage before it begins
     log = Log(folder, step, args.tensorboard) if rank == 0 else None
+    if rank == 0 and changed:
+        log(step=step, changed=changed)
     stage.ready(module, config)
     if args.recompute:
         recompute(module)
@@ -224,11 +239,16 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
     probe, shown, row_names = probes(data, config.image_size)
 
     def checkpoint():
+        nonlocal damaged
         if rank == 0:
             stage.finish(ema, probe["many"].to(device))
+            describe()
             common.save(folder / "model.pt", {**meta, "step": step, "model": ema.state_dict()})
-            common.save(folder / "state.pt", {"step": step, "model": module.state_dict(), "ema": ema.state_dict(),
-                                              "optimizer": optimizer.state_dict(), "config": meta["config"]}, keep=True)
+            common.save(folder / "state.pt", {
+                "step": step, "seen": step * recipe.batch + order.shift, "model": module.state_dict(),
+                "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "config": meta["config"]},
+                keep=not damaged)  # a damaged state does not take the place of the good one before it
+        damaged = False
 
     def grids():
         if rank == 0:
@@ -351,14 +371,19 @@ def adamw(module, stage, recipe, device):
 
 
 def resume(folder, module, ema, optimizer, config):
-    """Loads the newest state that is whole; its step, or 0 where there is none."""
+    """Loads the newest state that is whole. Its step and the samples seen by then, 0 and None where there is no state;
+    and whether a newer one was damaged."""
+    damaged, needed = False, {"step", "model", "ema", "optimizer", "config"}
     for path in (folder / "state.pt", folder / "state.previous.pt"):
         if not path.exists():
             continue
         try:
             state = common.read(path)
+            if missing := needed - state.keys():
+                raise UserError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
         except UserError as error:
             print(f"{error}; trying the one before")
+            damaged = True
             continue
         if (saved := common.rebuild(type(config), state["config"])) != config:
             raise UserError(f"{folder} was begun with another configuration ({differences(saved, config)}); --fresh"
@@ -366,8 +391,22 @@ def resume(folder, module, ema, optimizer, config):
         common.load_strict(module, state["model"], path)
         common.load_strict(ema, state["ema"], path)
         optimizer.load_state_dict(state["optimizer"])
-        return state["step"]
-    return 0
+        return state["step"], state.get("seen"), damaged
+    if damaged:
+        raise UserError(f"no state in {folder} is whole; --fresh begins anew")
+    return 0, None, False
+
+
+def changes(folder, meta):
+    """What is asked for otherwise than when the run was last saved: length, batch, learning rate, data, precision."""
+    try:
+        old = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return ""
+    old, new = ({**m, **m.get("recipe", {})} for m in (old, meta))
+    names = [name for name in new if name not in ("torch", "recipe", "config", "classes") and name in old]
+    return ", ".join(f"{name} {old[name]} -> {new[name]}" for name in names
+                     if json.dumps(old[name]) != json.dumps(new[name]))
 
 
 def differences(old, new):
@@ -502,6 +541,7 @@ class Log:
 
     def __call__(self, **values):
         values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have moved the folder away
         with open(self.path, "a") as f:
             f.write(json.dumps(values) + "\n")
         for name, value in values.items():

@@ -302,14 +302,15 @@ def bench_transdiff(args, device):
               f" {gap:.1e}")
 
 
-def released_attention(self, x, rotary, cache=None, at=0):
+def released_attention(self, x, rotary, cache, at, mask):
     """One token as the released sampler does it: copies of the whole cache, all of its slots under a mask."""
     q, k, v = self.wqkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
     q, k = dar.rotate(q, rotary), dar.rotate(k, rotary)
-    cache[0][:, :, at:at + 1], cache[1][:, :, at:at + 1] = k, v
+    cache[0].index_copy_(2, at, k)
+    cache[1].index_copy_(2, at, v)
     k, v = (kept.repeat_interleave(1, dim=1) for kept in cache)  # "repeat the key heads once" copies
     weights = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-    weights = weights.masked_fill(torch.arange(k.shape[2], device=x.device) > at, -math.inf).softmax(-1)
+    weights = weights.masked_fill(~mask, -math.inf).softmax(-1)
     return self.wo((weights @ v).transpose(1, 2).flatten(2))
 
 
@@ -325,16 +326,16 @@ def bench_dar(args, device):
     labels, N = torch.arange(args.batch, device=device) % config.classes, config.tokenizer.queries
     forward = dar.LlamaAttention.forward
 
-    def way(sampler, attention=forward):
+    def way(sampler, attention=forward, stride=1):
         def call():
-            dar.LlamaAttention.forward = attention
+            dar.LlamaAttention.forward, model.stride = attention, stride
             codes = getattr(model, sampler)(labels, common.Noise.of(0, range(args.batch), device), cfg=1.5)
-            dar.LlamaAttention.forward = forward
+            dar.LlamaAttention.forward, model.stride = forward, 1
             return codes
         return call
 
     (cached, released, plain), (a, b, c) = measured(
-        (way("sample"), way("sample", released_attention), way("sample_plainly")), args.repeats, device)
+        (way("sample"), way("sample", released_attention, N), way("sample_plainly")), args.repeats, device)
     rate = args.batch * N / statistics.median(cached)
     print(f"  {N} tokens  cached {show(cached)}, {rate:.0f} tokens/s   released structure {show(released)},"
           f" {ratio(released, cached)}   uncached {show(plain)}, {ratio(plain, cached)}   same tokens:"

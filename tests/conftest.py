@@ -17,9 +17,26 @@ ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+SMALL = ["--image-size", "16", "--device", "cpu", "--workers", "0", "--batch-size", "8", "--log-every", "1",
+         "--set", "dim=32", "heads=2", "depth=2", "ar_depth=1", "features=16", "class_tokens=4", "dropout=0.1",
+         "vae.width=8", "vae.channels=4", "vae.groups=4", "steps=3"]
+
+import faults  # noqa: E402
 
 import common  # noqa: E402
 import fid  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of three classes of real PNGs, few enough to be cached in a moment."""
+    return faults.pictures(tmp_path_factory.mktemp("pictures") / "set")
+
+
+def log_of(folder, changes=False):
+    """The lines of a run's log; changes: those that say with what settings it went on."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if ("changed" in line) == changes]
 
 
 def run(*command, cwd=None, code=0):

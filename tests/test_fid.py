@@ -435,7 +435,7 @@ if importable("pytorch_fid.fid_score"):
     def test_pytorch_fid_says_the_same(images, inception_file, tmp_path, monkeypatch):
         import pytorch_fid.fid_score
         import pytorch_fid.inception
-        state = torch.load(inception_file)
+        state = torch.load(inception_file, weights_only=True)
         monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *args, **kwargs: state)
         save_folder(tmp_path / "a", images[0][:8])
         save_folder(tmp_path / "b", images[0][8:])

@@ -15,7 +15,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT, refusal, run, torchrun
+from conftest import ENV, ROOT, SMALL, log_of, refusal, run, torchrun
+from faults import equal
 from PIL import Image
 
 import common
@@ -25,9 +26,6 @@ import sample
 import train
 import transdiff
 
-SMALL = ["--image-size", "16", "--device", "cpu", "--workers", "0", "--batch-size", "8", "--log-every", "1",
-         "--set", "dim=32", "heads=2", "depth=2", "ar_depth=1", "features=16", "class_tokens=4", "dropout=0.1",
-         "vae.width=8", "vae.channels=4", "vae.groups=4", "steps=3"]
 DAR = ["--model", "dar", *SMALL[:SMALL.index("--set")], "--set", "dim=32", "heads=2", "depth=2", "dropout=0.1",
        *(f"tokenizer.{field}" for field in ("dim=64", "depth=1", "queries=8", "query_rows=8", "codebook=32", "groups=4",
                                             "decoder_dim=64", "decoder_depth=1", "pixel_dim=64", "pixel_depth=2",
@@ -36,17 +34,6 @@ DAR = ["--model", "dar", *SMALL[:SMALL.index("--set")], "--set", "dim=32", "head
 MAD = ["--model", "madformer", *SMALL[:SMALL.index("--set")], "--set", "dim=64", "mlp=64", "depth=3",
        "diffusion_depth=2", "unet.channels=8,16", "unet.groups=4", "unet.time_dim=16", "vae.width=8", "vae.channels=4",
        "vae.groups=4", "steps=3", "text_drop=0.1"]
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """A folder of three classes of real PNGs, few enough to be cached in a moment."""
-    root = tmp_path_factory.mktemp("pictures") / "set"
-    for label, name in ((0, "circle"), (3, "triangle"), (5, "star")):
-        (root / name).mkdir(parents=True)
-        for k in range(6):
-            common.draw_shape(10 * k + label, 16).save(root / name / f"{k}.png")
-    return root
 
 
 @pytest.fixture(scope="session")
@@ -75,18 +62,6 @@ def trained_mad(pictures, tmp_path_factory):
     said = run(ROOT / "train.py", "--data", pictures, "--out", out, "--steps", 2, *MAD)
     assert all(f"stage {name}: done" in said for name in ("vae", "madformer"))
     return out
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def equal_tensors(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal_tensors(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal_tensors, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -145,7 +120,7 @@ def test_killed_runs_end_bit_equal(pictures, tmp_path):
     run(ROOT / "train.py", *arguments(tmp_path / "killed"))
     for stage in ("vae", "1step", "mrar"):
         whole, killed = (common.read(tmp_path / name / stage / "state.pt") for name in ("whole", "killed"))
-        assert equal_tensors(whole, killed), stage
+        assert equal(whole, killed), stage
         whole, killed = (log_of(tmp_path / name / stage) for name in ("whole", "killed"))
         assert [(line["step"], line["loss"]) for line in whole] == [(line["step"], line["loss"]) for line in killed]
 
@@ -354,7 +329,7 @@ def test_killed_dar_runs_end_bit_equal(pictures, tmp_path):
     run(ROOT / "train.py", *arguments(tmp_path / "killed"))
     for stage in ("tokenizer", "ar"):
         whole, killed = (common.read(tmp_path / name / stage / "state.pt") for name in ("whole", "killed"))
-        assert equal_tensors(whole, killed), stage
+        assert equal(whole, killed), stage
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "ar"])
@@ -451,7 +426,7 @@ def test_killed_madformer_runs_end_bit_equal(trained_mad, pictures, tmp_path, ch
     run(script, code=9)
     run(ROOT / "train.py", *arguments("killed"))
     whole, killed = (common.read(tmp_path / name / "madformer/state.pt") for name in ("whole", "killed"))
-    assert equal_tensors(whole, killed)
+    assert equal(whole, killed)
     whole, killed = (log_of(tmp_path / name / "madformer") for name in ("whole", "killed"))
     assert [(line["step"], line["loss"]) for line in whole] == [(line["step"], line["loss"]) for line in killed]
 
