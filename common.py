@@ -18,6 +18,7 @@ import gzip
 import hashlib
 import http.client
 import json
+import lzma
 import math
 import os
 import pickle
@@ -50,6 +51,18 @@ class UserError(Exception):
     """A mistake that the user can mend: one line, what is wrong and what to do."""
 
 
+@contextlib.contextmanager
+def foreign(path, what="damaged"):
+    """For reading what anybody may have written: what goes wrong in the block becomes a UserError with the path."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        words = [type(error).__name__, *str(error).splitlines()[:1]]
+        raise UserError(f"{path} is {what} ({': '.join(words)})") from None
+
+
 def command(main):
     """Runs a script's `main`: a user's mistake or a failing disk ends it with one line and exit code 2."""
     try:
@@ -78,6 +91,13 @@ def command(main):
     os._exit(2) if dist.is_initialized() else sys.exit(2)  # other ranks may hang: torchrun ends them
 
 
+def finite(text):
+    """A number, neither infinite nor NaN."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not finite")
+    return number
+
+
 def override(config, assignments):
     """A copy of a (nested) dataclass with `field=value` strings applied, typed by the field. Raises UserError."""
     hints, changes, nested = typing.get_type_hints(type(config)), {}, {}
@@ -101,14 +121,17 @@ def override(config, assignments):
     changes |= {head: override(getattr(config, head), parts) for head, parts in nested.items()}
     try:
         return dataclasses.replace(config, **changes)  # all at once: only together they need to make sense
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise UserError(f"--set {' '.join(assignments)}: {error}") from None
 
 
-def rebuild(kind, values):
-    """The (nested) dataclass that dataclasses.asdict made these values of."""
+def rebuild(kind, values, path=None):
+    """The (nested) dataclass that dataclasses.asdict made these values of. path: the checkpoint that has them; none of
+    them is larger than it, or the model would be, too."""
+    if path and any(isinstance(v, int) and v > os.path.getsize(path) for v in values.values()):
+        raise UserError(f"{path}: the model that it describes is larger than the file")
     nested = {f.name: type(f.default) for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.default)}
-    return kind(**{k: rebuild(nested[k], v) if k in nested else v for k, v in values.items()})
+    return kind(**{k: rebuild(nested[k], v, path) if k in nested else v for k, v in values.items()})
 
 
 # --- 1  KL-VAE --------------------------------------------------------------------------------------------------------
@@ -343,9 +366,10 @@ def load_vae(path):
     holds one, else the published one for 16 (0.2325, TransDiff) or 4 channels (0.18215, Stable Diffusion).
     """
     content = read(path)
-    config = VAEConfig(**content["config"]["vae"]) if content.get("stage") == "vae" else None
-    state = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), content)
-    return vae_from_state(state, config, path)
+    with foreign(path, "not a KL-VAE"):
+        config = rebuild(VAEConfig, content["config"]["vae"], path) if content.get("stage") == "vae" else None
+        state = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), content)
+        return vae_from_state(state, config, path)
 
 
 def vae_from_state(state, config=None, path="the VAE"):
@@ -496,13 +520,16 @@ def read_idx(path):
     """The array in an IDX file, gzipped or not: two zero bytes, type 8 (uint8), dimensions, sizes, values."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-            raw = f.read()
+            head = f.read(4)
+            head += f.read(4 * head[3]) if len(head) == 4 else b""
+            sizes = np.frombuffer(head, ">i4", (len(head) - 4) // 4, 4).tolist() if len(head) > 4 else []
+            raw = head + f.read(min(math.prod(max(n, 0) for n in sizes), 1 << 33) + 1)  # no more than it promises
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and it is downloaded again") from None
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
         raise UserError(f"{path} is not an IDX file of bytes: it starts with {raw[:4].hex() or 'nothing'}")
     shape = np.frombuffer(raw, ">i4", raw[3], 4).tolist()
-    if min(shape, default=1) < 1 or len(raw) != 4 + 4 * raw[3] + math.prod(shape):
+    if not 0 < len(shape) <= 4 or min(shape) < 1 or len(raw) != 4 + 4 * raw[3] + math.prod(shape):
         raise UserError(f"{path} is damaged: {len(raw)} bytes do not hold the {'x'.join(map(str, shape))} values that"
                         " its header promises; delete it and it is downloaded again")
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
@@ -514,9 +541,13 @@ def read_cifar10(path, split):
     try:
         with tarfile.open(path) as archive:
             for name in [f"data_batch_{k}.bin" for k in range(1, 6)] if split == "train" else ["test_batch.bin"]:
-                raw = np.frombuffer(archive.extractfile(f"cifar-10-batches-bin/{name}").read(), np.uint8)
+                member = archive.getmember(f"cifar-10-batches-bin/{name}")
+                if not member.isreg() or member.size > 10_000 * 3073:
+                    raise ValueError(f"{name} is no file of at most 10,000 records")
+                raw = np.frombuffer(archive.extractfile(member).read(), np.uint8)
                 records.append(raw.reshape(-1, 3073))  # a label, then 1024 red, green and blue values
-    except (OSError, EOFError, KeyError, ValueError, AttributeError, tarfile.TarError, zlib.error) as error:
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, tarfile.TarError, zlib.error,
+            lzma.LZMAError) as error:
         raise UserError(f"{path} is not the binary CIFAR-10 archive, or damaged ({error}); delete it") from None
     records = np.concatenate(records)
     if not len(records) or records[:, 0].max() > 9:
@@ -526,24 +557,47 @@ def read_cifar10(path, split):
 
 @functools.cache
 def endings():
-    """Of the files that Pillow reads."""
+    """Of the files that are pictures."""
+    formats = picture_formats()
+    return {ending for ending, kind in Image.EXTENSION.items() if kind in formats}
+
+
+@functools.cache
+def picture_formats():
+    """What Pillow reads by itself: an EPS is a program, which it gives to Ghostscript."""
     Image.init()
-    return {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    return [kind for kind in Image.OPEN if kind not in ("EPS", "WMF")]
+
+
+def open_picture(path, size=0):
+    """A picture file, of any ending. Raises one of UNREADABLE; also for one that is so narrow that it would be giant
+    when its shorter side has `size` pixels."""
+    image = Image.open(path, formats=picture_formats())
+    width, height = image.size
+    if min(image.size) < 1 or max(image.size) * size * size / min(image.size) > 2**26:
+        raise Image.DecompressionBombError(f"{width} x {height} pixels")
+    return image
+
+
+def printable(path):
+    """A path whose name may be no text, as text."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def listing(path):
     """The pictures of a folder of class folders, whose naturally sorted names are the classes, or of a flat one, a
     single class: names (relative to the folder), labels, classes. Raises UserError if there are none."""
     def natural(p):  # class 2 before class 10
-        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", p.name)]
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", p.name)]
 
     folders = sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=natural) or [path]
     names, labels, classes = [], [], []
     for folder in folders:
         found = sorted(os.path.relpath(os.path.join(at, f), path) for at, _, files in os.walk(folder) for f in files
-                       if os.path.splitext(f)[1].lower() in endings() and not f.startswith("."))
+                       if os.path.splitext(f)[1].lower() in endings() and not f.startswith(".")
+                       and (not os.path.exists(os.path.join(at, f)) or os.path.isfile(os.path.join(at, f))))  # no pipes
         if not found:
-            print(f"{folder}: no pictures; left out")
+            print(f"{printable(folder)}: no pictures; left out")
             continue
         names += found
         labels += [len(classes)] * len(found)
@@ -564,13 +618,13 @@ def load_folder(path, size):
     def read_picture(i):
         file = path / os.fsdecode(names[i])
         try:
-            with Image.open(file) as image:
+            with open_picture(file, size) as image:
                 image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at the smallest scale that is still larger
                 return rgb(image)
         except UNREADABLE as error:
             if i not in broken:
                 broken.add(i)
-                tqdm.write(f"skipped broken file {file} ({len(broken)} so far): {error}")
+                tqdm.write(f"skipped broken file {printable(file)} ({len(broken)} so far): {error}")
         others = [j for j in np.flatnonzero(labels == labels[i]) if j not in broken]
         if not others:
             raise UserError(f"{path / classes[labels[i]]}: no readable picture in this class")
@@ -801,10 +855,18 @@ class Rows:
                             os.posix_fallocate(f.fileno(), 0, array.offset + array.nbytes)
                 with atomic(folder / "header.json") as f:
                     f.write(json.dumps(header).encode())
-        if (found := json.loads((folder / "header.json").read_text())) != header:
+        try:
+            found = dict(json.loads((folder / "header.json").read_text()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{folder / 'header.json'} is damaged ({error}); delete {folder} to start anew") from None
+        if found != header:
             differ = [k for k in {*found, *header} if found.get(k) != header.get(k)]
             raise UserError(f"{folder} was begun with other settings ({', '.join(differ)}); delete it to start anew")
-        self.rows, self.done = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("rows", "done"))
+        with foreign(folder, "damaged; delete it to start anew"):
+            self.rows, self.done = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("rows", "done"))
+            if [(a.shape, a.dtype) for a in (self.rows, self.done)] != [(tuple(shape), np.dtype(dtype)),
+                                                                        (tuple(shape[:1]), np.dtype(bool))]:
+                raise ValueError("another shape or type than its header says")
 
     def todo(self, rank, world):
         """The rows of this rank's share that are not there yet."""
@@ -1033,8 +1095,10 @@ def distributed(device=None):
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local)
+        if device.type == "meta":
+            raise RuntimeError("has no memory")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1175,7 +1239,9 @@ def read(path):
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it holds code ({found[1]}), which is not run" if found else "not a file that torch.save wrote"
         raise UserError(f"{path}: {reason}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # damaged pickles raise all sorts
         raise UserError(f"{path} is damaged: {(str(error) or 'it is empty').splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
@@ -1185,13 +1251,17 @@ def read(path):
 def load_strict(module, state, path):
     """Loads a state dict into the module; a missing, extra or misshapen entry is a UserError that names it."""
     own = module.state_dict()
+    state = {k: v if isinstance(v, torch.Tensor) else torch.empty(0) for k, v in state.items()}
     wrong = ([f"missing {k}" for k in own if k not in state] + [f"unknown {k}" for k in state if k not in own]
              + [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own
                 if k in state and state[k].shape != own[k].shape])
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(f"{path} does not fit: {'; '.join(wrong[:5])}{more}")
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:  # sparse, or of another kind
+        raise UserError(f"{path} does not fit: {str(error).splitlines()[-1].strip()}") from None
 
 
 def fingerprint(module):

@@ -865,15 +865,16 @@ def reconstructions(tokenizer, first, images, labels, noise):
 def load_tokenizer(path):
     """A tokenizer from a file of this project or a released one. Raises UserError if it does not fit."""
     content = common.read(path)
-    if "stage" not in content:
-        tokenizer = load_official(path)
-        if isinstance(tokenizer, Tokenizer):
-            return tokenizer
-    if content.get("stage") != "tokenizer":
-        raise UserError(f"{path} holds an AR model, not a tokenizer")
-    tokenizer = Tokenizer(common.rebuild(TokenizerConfig, content["config"]["tokenizer"]))
-    common.load_strict(tokenizer, content["model"], path)
-    return tokenizer.eval().requires_grad_(False)
+    with common.foreign(path, "not a tokenizer"):
+        if "stage" not in content:
+            tokenizer = load_official(path)
+            if isinstance(tokenizer, Tokenizer):
+                return tokenizer
+        if content.get("stage") != "tokenizer":
+            raise UserError(f"{path} holds an AR model, not a tokenizer")
+        tokenizer = Tokenizer(common.rebuild(TokenizerConfig, content["config"]["tokenizer"], path))
+        common.load_strict(tokenizer, content["model"], path)
+        return tokenizer.eval().requires_grad_(False)
 
 
 IMAGENET = 1281167  # training images: the paper counts the tokenizer's training in steps
@@ -931,13 +932,14 @@ def load_official(path, **overrides):
     fields of TokenizerConfig or Config. Strict: raises UserError for an entry that is missing, extra or misshapen.
     """
     content = common.read(path)
-    plain = next((content[k] for k in ("model", "module", "state_dict") if isinstance(content.get(k), dict)), None)
-    state = plain or content.get("ema") or content
-    if not any("quant_in_conv" in k for k in state):
-        return ar_from_released(state, path, **overrides)
-    config = content.get("config", {})
-    config = config if isinstance(config, dict) else getattr(config, "_data", {})
-    return tokenizer_from_released(content.get("ema") or state, config.get("model", {}), path, **overrides)
+    with common.foreign(path, "not a D-AR checkpoint"):
+        plain = next((content[k] for k in ("model", "module", "state_dict") if isinstance(content.get(k), dict)), None)
+        state = plain or content.get("ema") or content
+        if not any("quant_in_conv" in k for k in state):
+            return ar_from_released(state, path, **overrides)
+        config = content.get("config", {})
+        config = config if isinstance(config, dict) else getattr(config, "_data", {})
+        return tokenizer_from_released(content.get("ema") or state, config.get("model", {}), path, **overrides)
 
 
 def count(pattern, state):

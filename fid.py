@@ -385,7 +385,7 @@ class Source:
             raise UserError(f"{path}: no such folder or file, nor one of shapes, {', '.join(common.IDX)}, cifar10")
         beside = self.path / "meta.json" if self.path.is_dir() else self.path.with_suffix(".meta.json")
         if beside.is_file():
-            with contextlib.suppress(ValueError, TypeError, OSError):
+            with contextlib.suppress(ValueError, TypeError, OSError, RecursionError):
                 self.meta = dict(json.loads(beside.read_text()))
         if self.meta.get("prompt") or self.meta.get("labels") == "none":
             self.labels = None  # they count prompts, or nothing
@@ -398,11 +398,12 @@ class Source:
                 image = common.centre_crop(image, self.size)
             return np.array(image)
         except common.UNREADABLE as error:
-            common.tqdm.write(f"skipped broken file {self.files[i]}: {error}")
+            common.tqdm.write(f"skipped broken file {common.printable(self.files[i])}: {error}")
 
     def open_folder(self):
         """Pictures in the folder itself, in the order of their names; else those of its class folders."""
-        here = sorted(p for p in self.path.iterdir() if p.suffix.lower() in common.endings() and p.name[0] != ".")
+        here = sorted(p for p in self.path.iterdir() if p.suffix.lower() in common.endings() and p.name[0] != "."
+                      and (p.is_file() or not p.exists()))
         if here:
             self.files, said = here, [re.search(r"_class(\d+)\.\w+$", p.name) for p in here]  # sample.py's names
             self.labels = np.array([int(found[1]) for found in said]) if all(said) else None
@@ -412,7 +413,7 @@ class Source:
         self.n, self.lossy = len(self.files), sum(p.suffix.lower() in (".jpg", ".jpeg") for p in self.files)
 
         def get(i):
-            with common.Image.open(self.files[i]) as image:
+            with common.open_picture(self.files[i], self.size or 0) as image:
                 return common.rgb(image)
         self.get = get
 
@@ -438,7 +439,11 @@ class Source:
                 names, content = [*content], {k: np.asarray(content[k]) for k in KNOWN & content.keys()}
             else:
                 with np.load(self.path, allow_pickle=False) as archive:
-                    names, content = archive.files, {k: archive[k] for k in KNOWN & {*archive.files}}
+                    names, content = archive.files, {}
+                    for k in KNOWN & {*archive.files}:
+                        if archive.zip.getinfo(f"{k}.npy").file_size > 2**26:  # sigma of 2048 features has half of that
+                            raise ValueError(f"{k} is too large")
+                        content[k] = archive[k]
             self.labels = content.pop("arr_1", None)
             for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
                 if {mean, covariance} & content.keys():
@@ -455,10 +460,12 @@ class Source:
                 self.n, self.get = len(images), lambda i: common.Image.fromarray(images[i])
             elif not self.statistics:
                 raise ValueError(f"it has {', '.join(map(str, names)) or 'nothing'}, neither arr_0 nor mu and sigma")
-        except (ValueError, TypeError, RuntimeError, OSError, KeyError, EOFError, zipfile.BadZipFile,
-                common.zlib.error) as error:
+        except UserError:
+            raise
+        except Exception as error:  # damaged zips and headers raise all sorts
             raise UserError(f"{self.path}: neither images nor statistics: {error}") from None
-        if self.labels is not None and (self.labels.shape != (self.n,) or self.labels.dtype.kind not in "iu"):
+        if not (isinstance(self.labels, np.ndarray) and self.labels.shape == (self.n,)
+                and self.labels.dtype.kind in "iu"):
             self.labels = None
 
 
@@ -522,7 +529,7 @@ def load_classifier(reference, data_root, cache, device):
         network = Classifier(int(reference.labels.max()) + 1, side).to(device)
     places = [beside.with_name(name), *([cache / f"{reference.digest}-{name}"] if cache else [])]
     for file in places:
-        with contextlib.suppress(UserError):  # it is damaged, or not there: another is trained
+        with contextlib.suppress(UserError), common.foreign(file):  # it is damaged, or not there: another is trained
             if (saved := common.read(file)).get("digest") == reference.digest:
                 common.load_strict(network, saved["model"], file)
                 return network.eval().requires_grad_(False)
@@ -664,7 +671,7 @@ class Judge:
 
         def load(file):
             with np.load(file, allow_pickle=False) as content:
-                return dict(content)
+                return {"n": content["n"], **content}
         found = self.kept(lambda: f"{source.digest}-{self.name}.npz", load, lambda: self.extract(source),
                           lambda f, made: np.savez(f, **made))
         if first and "mu" not in found and not known:
@@ -678,7 +685,7 @@ class Judge:
         found, first = None, common.ranks()[0] == 0
         file = self.cache and first and self.cache / name()
         if file:
-            with contextlib.suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, common.zlib.error):
+            with contextlib.suppress(UserError), common.foreign(file):
                 found = load(file)
         if agreed(found is not None):
             return found

@@ -935,12 +935,13 @@ def load_official(path, **overrides):
     raises UserError for an entry that is missing, extra or misshapen.
     """
     content = common.read(path)
-    args = content.get("args") or {}
-    args = args if isinstance(args, dict) else vars(args)
-    given = {field: value for switch, (field, value) in SWITCHES.items() if args.get(switch)}
-    given |= {field: args[name] for name, field in (("diff_depth", "diffusion_depth"), ("ar_len", "ar_length"),
-                                                    ("image_size", "image_size")) if args.get(name)}
-    return from_released(content.get("ema") or content.get("model") or content, path, **{**given, **overrides})
+    with common.foreign(path, "not a MADFormer checkpoint"):
+        args = content.get("args") or {}
+        args = args if isinstance(args, dict) else vars(args)
+        given = {field: value for switch, (field, value) in SWITCHES.items() if args.get(switch)}
+        given |= {field: args[name] for name, field in (("diff_depth", "diffusion_depth"), ("ar_len", "ar_length"),
+                                                        ("image_size", "image_size")) if args.get(name)}
+        return from_released(content.get("ema") or content.get("model") or content, path, **{**given, **overrides})
 
 
 def from_released(state, path="the checkpoint", **overrides):

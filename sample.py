@@ -109,8 +109,8 @@ def arguments():
     for name in {x for options in (SAMPLER, OTHERS) for own in options.values() for x in own} & given:
         if name not in (*SAMPLER[args.model], *OTHERS[args.model]):
             parser.error(f"--{name.replace('_', '-')} is not an option of {args.model}")
-    if args.seed < 0:
-        parser.error(f"--seed is 0 or more, not {args.seed}")
+    if not 0 <= args.seed < 2**64:
+        parser.error(f"--seed is 0 or more, of 64 bits, not {args.seed}")
     if args.nfe and args.steps:
         parser.error("--nfe says how many steps: not both")
     if args.prompt and args.classes:
@@ -187,17 +187,18 @@ def load(args, device):
         stages = [stage for stage in module.STAGES if stage.first]
         path = run_file(args, stages)
         content = common.read(path)
-        if content.get("family") != args.model:
+        if str(content.get("family")) != args.model:
             raise UserError(f"{path} is not a run of {args.model}")
-        stage = next((s for s in stages if s.name == content["stage"]), None)
-        if not stage:
-            raise UserError(f"{path} holds stage {content['stage']}, which makes no pictures of its own")
-        model = stage.build(common.rebuild(module.Config, content["config"]))
-        weights = common.read(path.with_name("state.pt"))["model"] if args.raw else content["model"]
-        common.load_strict(model, weights, path)
-        first = given or path.parent / content["first"]
-        about = {"checkpoint": str(path), "classes": content["classes"], "weights": "raw" if args.raw else "EMA",
-                 **{k: content[k] for k in ("stage", "size", "step", "data")}}
+        with common.foreign(path, f"not a run of {args.model}"):
+            stage = next((s for s in stages if s.name == content["stage"]), None)
+            if not stage:
+                raise UserError(f"{path} holds stage {content['stage']}, which makes no pictures of its own")
+            model = stage.build(common.rebuild(module.Config, content["config"], path))
+            weights = common.read(path.with_name("state.pt"))["model"] if args.raw else content["model"]
+            common.load_strict(model, weights, path)
+            first = given or path.parent / content["first"]
+            about = {"checkpoint": str(path), "classes": content["classes"], "weights": "raw" if args.raw else "EMA",
+                     **{k: content[k] for k in ("stage", "size", "step", "data")}}
     if not hasattr(model, "sample"):
         raise UserError(f"{args.ckpt} holds a {source.name}, which makes no pictures of its own")
     # Convolutions with channels last are quicker; on the CPU they are, but less exact.
@@ -223,7 +224,7 @@ def class_ids(text, names, count):
     for part in (p.strip() for p in text.split(",")):
         if names and part.lower() in (known := [n.lower() for n in names]):
             ids.append(known.index(part.lower()))
-        elif part.isdigit() and int(part) < count:
+        elif part.isdecimal() and len(part) < 10 and int(part) < count:
             ids.append(int(part))
         else:
             raise UserError(f"no class {part}: give ids 0 to {count - 1}"
@@ -303,7 +304,7 @@ def draw(args, rank, world, device):
     meta = json.loads(json.dumps(meta))
     beside = Path(args.out, "meta.json") if kind == "folder" else Path(args.out).with_suffix(".meta.json")
     if args.cfg_sweep and beside.exists() and Path(args.out).exists():
-        with contextlib.suppress(ValueError, AttributeError):  # no JSON, or no dict: sampled again
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):  # no JSON, or no dict: sampled again
             if meta.items() <= json.loads(beside.read_text()).items():
                 return  # of a sweep that was interrupted
     compiled = args.compile if args.compile is not None else device.type == "cuda" and about.get("size") != "tiny"
@@ -418,7 +419,7 @@ def sweep(args, rank, world, device):
 def picture_file(path, size):
     """The centre of a picture file, RGB."""
     try:
-        with common.Image.open(path) as image:
+        with common.open_picture(path, size) as image:
             return common.centre_crop(common.rgb(image), size)
     except common.UNREADABLE as error:
         raise UserError(f"cannot read {path} as a picture: {error}") from None

@@ -95,8 +95,8 @@ def arguments():
         parser.error(f"--workers is 0 or more, not {args.workers}")
     if (args.fid_reference or args.fid_features) and not args.fid_every:
         parser.error("--fid-reference and --fid-features belong to --fid-every")
-    if args.seed < 0:
-        parser.error(f"--seed is 0 or more, not {args.seed}")
+    if not 0 <= args.seed < 2**64:
+        parser.error(f"--seed is 0 or more, of 64 bits, not {args.seed}")
     if args.fid_samples < 4:
         parser.error(f"--fid-samples is 4 or more, not {args.fid_samples}")
     args.out = Path(args.out or f"runs/{args.model}")
@@ -373,25 +373,26 @@ def adamw(module, stage, recipe, device):
 def resume(folder, module, ema, optimizer, config):
     """Loads the newest state that is whole. Its step and the samples seen by then, 0 and None where there is no state;
     and whether a newer one was damaged."""
-    damaged, needed = False, {"step", "model", "ema", "optimizer", "config"}
+    damaged = False
     for path in (folder / "state.pt", folder / "state.previous.pt"):
         if not path.exists():
             continue
         try:
-            state = common.read(path)
-            if missing := needed - state.keys():
-                raise UserError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
+            with common.foreign(path):
+                state = common.read(path)
+                saved, step = common.rebuild(type(config), state["config"], path), int(state["step"])
+                if saved == config:
+                    common.load_strict(module, state["model"], path)
+                    common.load_strict(ema, state["ema"], path)
+                    optimizer.load_state_dict(state["optimizer"])
         except UserError as error:
             print(f"{error}; trying the one before")
             damaged = True
             continue
-        if (saved := common.rebuild(type(config), state["config"])) != config:
+        if saved != config:
             raise UserError(f"{folder} was begun with another configuration ({differences(saved, config)}); --fresh"
                             " begins anew, --out names another place")
-        common.load_strict(module, state["model"], path)
-        common.load_strict(ema, state["ema"], path)
-        optimizer.load_state_dict(state["optimizer"])
-        return state["step"], state.get("seen"), damaged
+        return step, state.get("seen"), damaged
     if damaged:
         raise UserError(f"no state in {folder} is whole; --fresh begins anew")
     return 0, None, False
@@ -528,9 +529,12 @@ class Log:
 
     def __init__(self, folder, step, tensorboard):
         self.path = folder / "log.jsonl"
-        kept = self.path.read_text().splitlines() if step and self.path.exists() else []
+        kept = []
+        for line in self.path.read_text(errors="replace").splitlines() if step and self.path.exists() else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # half a line, of a full disk
+                kept += [line] if json.loads(line)["step"] <= step else []
         with common.atomic(self.path) as f:
-            f.write("".join(line + "\n" for line in kept if json.loads(line)["step"] <= step).encode())
+            f.write("".join(line + "\n" for line in kept).encode())
         self.board = None
         if tensorboard:
             try:

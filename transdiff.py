@@ -66,6 +66,8 @@ class Config:
             raise ValueError(f"image_size {self.image_size} is not divisible by the VAE's {self.vae.factor}")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not divisible by {self.heads} heads")
+        if min(self.images, self.features, self.heads) < 1:
+            raise ValueError("images, features and heads are 1 or more")
         block = self.features / self.images
         if self.mrar and self.latent_size % math.sqrt(block):
             raise ValueError(f"{self.features} features for {self.images} images: the {block:g} tokens of each are no"
@@ -592,7 +594,8 @@ def load_official(path, **overrides):
     UserError for an entry that is missing, extra or misshapen, and for a file that is no TransDiff checkpoint.
     """
     content = common.read(path)
-    return from_released(content.get("model_ema") or content.get("model") or content, path, **overrides)
+    with common.foreign(path, "not a TransDiff checkpoint"):
+        return from_released(content.get("model_ema") or content.get("model") or content, path, **overrides)
 
 
 def from_released(state, path="the checkpoint", **overrides):

@@ -67,7 +67,7 @@ def pictures(folder):
     return folder
 
 
-def kills(model, n, folder, seed=0, steps=30):
+def kills(model, n, folder, seed=0, steps=10):
     """Kills runs of a model n times in all, at moments that are random but for the seed, and starts them again until
     they are through; while kills are left, begins with another run. What happened, a line for each run."""
     rng, lines, done, lost, run = random.Random(seed), [], 0, 0, 0
