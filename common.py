@@ -71,14 +71,17 @@ def command(main):
         message = str(error).splitlines()[-1].removeprefix("common.UserError: ")  # a data worker adds its traceback
     except OSError as error:  # disk full, no permission, a vanished folder
         message = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+    except MemoryError:
+        message = "out of memory"
     except torch.OutOfMemoryError as error:
         message = f"{str(error).split('. ')[0]}: a smaller --batch-size, or in training more --accumulate, needs less"
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
-            message = "a process that loads images died (killed, or out of memory): the same command goes on from the" \
-                      " last saved step, --workers 0 does without"
-        elif dist.is_initialized() and re.search("peer|gloo|NCCL|Timed out", str(error), re.IGNORECASE):
-            message = f"lost another rank ({str(error).splitlines()[0][:100]})"
+            message = "a process that loads images died (killed, or out of memory): the same command goes on where it" \
+                      " was, --workers 0 does without"
+        elif dist.is_initialized() and (isinstance(error, dist.DistBackendError)
+                                        or re.search("gloo/|Connection (closed|reset) by peer", str(error))):
+            message = f"lost the other ranks ({str(error).splitlines()[0][:200]})"
         else:
             raise
     except KeyboardInterrupt:
@@ -126,8 +129,8 @@ def override(config, assignments):
 
 
 def rebuild(kind, values, path=None):
-    """The (nested) dataclass that dataclasses.asdict made these values of. path: the checkpoint that has them; none of
-    them is larger than it, or the model would be, too."""
+    """The (nested) dataclass that dataclasses.asdict made these values of. path: the checkpoint that has them. Raises
+    UserError for a number that is larger than the bytes of that file: no model in it can be so wide or deep."""
     if path and any(isinstance(v, int) and v > os.path.getsize(path) for v in values.values()):
         raise UserError(f"{path}: the model that it describes is larger than the file")
     nested = {f.name: type(f.default) for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.default)}
@@ -470,14 +473,17 @@ def download(source, path, digest, hint="or name another folder with --data-root
         if not path.exists():
             part = path.with_name(path.name + ".part")
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                print(f"downloading {source}{path.name} to {path}")
-                fetch(source + path.name, part)
-                found = file_digest(part, hashlib.sha256())
-                if not found.startswith(digest or ""):
-                    part.unlink()
-                    raise OSError(f"what came has SHA-256 {found}")
-                os.replace(part, path)
+                with locked(path.with_name(f".{path.name}.lock"), wait=True):
+                    if path.exists():  # another process had the lock, and fetched it
+                        return path
+                    print(f"downloading {source}{path.name} to {path}")
+                    if not digest:  # nothing would tell whether old and new pieces fit
+                        part.unlink(missing_ok=True)
+                    fetch(source + path.name, part)
+                    if not (found := file_digest(part, hashlib.sha256())).startswith(digest or ""):
+                        part.unlink()
+                        raise OSError(f"what came has SHA-256 {found}")
+                    os.replace(part, path)
             except (OSError, http.client.HTTPException) as error:
                 known = f" (SHA-256 {digest})" if digest else ""
                 raise UserError(f"cannot download {source}{path.name}: {error}; try again, or fetch it by other means"
@@ -523,7 +529,7 @@ def read_idx(path):
             head = f.read(4)
             head += f.read(4 * head[3]) if len(head) == 4 else b""
             sizes = np.frombuffer(head, ">i4", (len(head) - 4) // 4, 4).tolist() if len(head) > 4 else []
-            raw = head + f.read(min(math.prod(max(n, 0) for n in sizes), 1 << 33) + 1)  # no more than it promises
+            raw = head + f.read(min(math.prod(max(n, 0) for n in sizes), 1 << 30) + 1)  # no more than it promises
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and it is downloaded again") from None
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
@@ -575,6 +581,7 @@ def open_picture(path, size=0):
     image = Image.open(path, formats=picture_formats())
     width, height = image.size
     if min(image.size) < 1 or max(image.size) * size * size / min(image.size) > 2**26:
+        image.close()
         raise Image.DecompressionBombError(f"{width} x {height} pixels")
     return image
 
@@ -595,7 +602,7 @@ def listing(path):
     for folder in folders:
         found = sorted(os.path.relpath(os.path.join(at, f), path) for at, _, files in os.walk(folder) for f in files
                        if os.path.splitext(f)[1].lower() in endings() and not f.startswith(".")
-                       and (not os.path.exists(os.path.join(at, f)) or os.path.isfile(os.path.join(at, f))))  # no pipes
+                       and (os.path.isfile(os.path.join(at, f)) or not os.path.exists(os.path.join(at, f))))  # no pipes
         if not found:
             print(f"{printable(folder)}: no pictures; left out")
             continue
@@ -955,10 +962,10 @@ class Noise:
 
     def __init__(self, seeds, device="cpu"):
         words = [[int(s) >> 32 * i & 0xFFFFFFFF for s in seeds] for i in range(4)]
-        *self.index, low, high = torch.tensor(words, device=device)[:, :, None]            # each (images, 1)
+        *self.index, low, high = torch.tensor(words, dtype=torch.long, device=device)[:, :, None]  # each (images, 1)
         self.key = low, high
         # Blocks of four words are made ahead: few small operations on a GPU, and what fits a core's cache on a CPU.
-        self.ahead = max(1, (1 << 14 if torch.device(device).type == "cpu" else 1 << 18) // len(low))
+        self.ahead = max(1, (1 << 14 if torch.device(device).type == "cpu" else 1 << 18) // max(1, len(low)))
         self.block, self.ready = 0, low[:, :0]
 
     @classmethod
@@ -1006,6 +1013,7 @@ def zeros(kept, shape, like, dtype=None):
     if kept is None:
         return like.new_zeros(shape, dtype=dtype)
     if (key := (*shape, dtype, like.device)) not in kept:
+        kept.clear()  # of another batch size
         kept[key] = like.new_zeros(shape, dtype=dtype)
         torch._dynamo.mark_static_address(kept[key])
     return kept[key]
@@ -1105,7 +1113,8 @@ def distributed(device=None):
     if world > 1 and not dist.is_initialized():
         how = {"timeout": datetime.timedelta(minutes=60)}
         if world == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
-            # After --max-restarts the ranks would find the addresses of the dead ones in torchrun's store.
+            # With gloo, ranks that torchrun starts again find the addresses of the dead ones in its store (torch 2.13).
+            # On one machine the count of the attempts tells them apart; those of several machines may differ.
             store = next(rendezvous("env://"))[0]
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             how |= {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": world}
@@ -1160,7 +1169,7 @@ def atomic(path, keep=False):
             yield f
             f.flush()
             os.fsync(f.fileno())
-        if keep and path.exists():  # there is a whole `path` at any moment
+        if keep and path.exists():  # by a link, so that there is a whole `path` at any moment
             spare = path.with_name(f".{path.name}.spare")
             spare.unlink(missing_ok=True)
             try:
@@ -1184,8 +1193,8 @@ def locked(path, wait=False):
     with open(path, "a+") as f:
         try:
             import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB * (not wait))
-        except BlockingIOError:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB * (not wait))  # not flock: workers would hold that, too
+        except (BlockingIOError, PermissionError):
             f.seek(0)
             raise UserError(f"another process ({f.read().strip() or 'of an unknown number'}) works in {path.parent}:"
                             " wait for it, or take another --out") from None
@@ -1212,10 +1221,11 @@ HARMLESS = [argparse.Namespace, (ReleasedConfig, "config_util.Config"),  # what 
             np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1"))]  # NumPy arrays
 
 
-def read(path):
+def read(path, sums=False):
     """The content of a checkpoint: .pt, .pth, .ckpt, .bin, or .safetensors. Runs nothing that the file says.
 
-    Raises UserError for a missing, damaged or unsafe file.
+    sums: looks at the checksums of a file that `save` wrote; torch.load does not. Raises UserError for a missing,
+    damaged or unsafe file.
     """
     path = Path(path)
     if not path.is_file():
@@ -1231,8 +1241,10 @@ def read(path):
         except SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from None
     try:
-        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):  # torch.load does not look at sums
-            raise UserError(f"{path} is damaged: wrong checksum of {bad}")
+        if sums:
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise UserError(f"{path} is damaged: wrong checksum of {bad}")
         with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -1242,7 +1254,8 @@ def read(path):
     except UserError:
         raise
     except Exception as error:  # damaged pickles raise all sorts
-        raise UserError(f"{path} is damaged: {(str(error) or 'it is empty').splitlines()[0]}") from None
+        words = str(error).splitlines()[:1] or ["it is empty" if isinstance(error, EOFError) else type(error).__name__]
+        raise UserError(f"{path} is damaged: {words[0]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content

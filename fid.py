@@ -24,6 +24,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -32,6 +33,7 @@ import os
 import re
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -587,6 +589,28 @@ class Features:
         if labels is not None:
             self.right, self.asked = self.right + int((logits.argmax(1) == labels).sum()), self.asked + len(labels)
 
+    def packed(self, done):
+        """All of it, and how many images were seen, as arrays by name."""
+        lists = {name: np.concatenate(x) for name in ("rows", "logits") if (x := getattr(self, name))}
+        for name in ("pool", "spatial"):
+            moments = getattr(self, name)
+            lists |= {f"{name}_{part}": getattr(moments, part) for part in ("n", "mean", "scatter")}
+            lists |= {f"{name}_waiting": np.concatenate(moments.waiting)} if moments.waiting else {}
+        return {"done": done, **{name: getattr(self, name) for name in ("right", "asked", "broken")}, **lists}
+
+    def unpack(self, content):
+        """Takes what `packed` gave; the number of images."""
+        arrays = {name: content[name] for name in content}
+        for name in ("right", "asked", "broken"):
+            setattr(self, name, int(arrays[name]))
+        for name in ("rows", "logits"):
+            setattr(self, name, [arrays[name]] if name in arrays else [])
+        for name in ("pool", "spatial"):
+            moments = Moments(int(arrays[f"{name}_n"]), arrays[f"{name}_mean"], arrays[f"{name}_scatter"])
+            moments.waiting = [arrays[f"{name}_waiting"]] if f"{name}_waiting" in arrays else []
+            setattr(self, name, moments)
+        return int(arrays["done"])
+
     def gathered(self):
         """Of all ranks, in their order: a dict of arrays on rank 0, None elsewhere."""
         rank, world = common.ranks()
@@ -706,12 +730,14 @@ class Judge:
         if source.classes and known and labels is not None:  # by name: samples may have some of the classes only
             labels = np.array([known.index(name) if name in known else -1 for name in source.classes])[labels]
         mine, found, done = np.array_split(np.arange(source.n), world)[rank], Features(keep=source.n <= 100_000), 0
-        digest, begun = agreed(source.digest if self.cache and rank == 0 else None), time.monotonic()
-        partial = digest and self.cache / f"{digest}-{self.name}-{rank}-{world}.partial"
-        if partial:
-            with contextlib.suppress(UserError, KeyError), torch.serialization.safe_globals([Features, Moments]):
-                state = common.read(partial)  # of a job that was interrupted
-                found, done = state["found"], state["done"]
+        key, begun = agreed(source.digest if self.cache and rank == 0 else None), time.monotonic()
+        key = key and f"{key}-{self.name}-{zlib.crc32(b'' if labels is None else labels.tobytes()):x}"
+        partial = key and self.cache / f"{key}-{rank}-{world}.partial"
+        if partial and partial.exists():  # of a job that was interrupted
+            earlier = Features(found.keep)
+            with contextlib.suppress(UserError), common.foreign(partial):
+                with np.load(partial, allow_pickle=False) as content:
+                    done, found = earlier.unpack(content), earlier
         bar = common.progress(len(mine), f"features of {source.path.name}", "img", rank, done)
         mine = mine[done:]
         chunks = iter(np.array_split(mine, range(self.batch, len(mine), self.batch)) if len(mine) else ())
@@ -730,13 +756,14 @@ class Judge:
                 done += len(read)
                 bar.update(len(read))
                 if partial and time.monotonic() - begun > PAUSE:
-                    with contextlib.suppress(UserError):  # no room: goes on without
-                        common.save(partial, {"found": found, "done": done})
+                    with contextlib.suppress(UserError), common.atomic(partial) as f:  # no room: goes on without
+                        np.savez(f, **found.packed(done))
                     begun = time.monotonic()
         bar.close()
         whole = found.gathered()
-        if partial:
-            partial.unlink(missing_ok=True)
+        if key and rank == 0:  # all have given theirs
+            for file in self.cache.glob(f"{glob.escape(key)}-*.partial"):
+                file.unlink(missing_ok=True)
         return whole
 
     @functools.cached_property

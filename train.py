@@ -183,12 +183,17 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
         parameter.requires_grad_(parameter.requires_grad and stage.trains(config, name))
     ema = copy.deepcopy(module).float().eval().requires_grad_(False)
     optimizer = adamw(module, stage, recipe, device)
-    step, seen, damaged = resume(folder, module, ema, optimizer, config)
+    state, damaged = resume(folder, module, ema, optimizer, config, rank)
+    step, seen = state.get("step", 0), state.get("seen", 0)
+    if len(set(common.gather(torch.tensor([step], device=device)).tolist())) > 1:
+        raise UserError(f"the ranks found different states in {folder}: is it on a disk that all machines share?")
+    if seen != step * recipe.batch and not args.steps:  # another batch size: the epochs stay
+        steps = step + max(0, round((recipe.epochs * order.length - seen) / recipe.batch))
     if step >= steps:
         if rank == 0:
             print(f"stage {stage.name}: {step} steps are done")
         return
-    order.shift = (seen or step * recipe.batch) - step * recipe.batch  # not 0 if an earlier part had another batch size
+    order.shift = seen - step * recipe.batch  # not 0 if an earlier part had another batch size
     if not step:
         begin(args, stage, config, module, rank)
         ema.load_state_dict(module.state_dict())
@@ -208,7 +213,7 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
             f.write(json.dumps(meta, indent=1).encode())
 
     if rank == 0:
-        changed = changes(folder, meta) if step else ""
+        changed = changes(state["meta"], {**meta, **meta["recipe"]}) if step else ""
         describe()
         count = sum(p.numel() for p in module.parameters())
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -246,7 +251,7 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
             common.save(folder / "model.pt", {**meta, "step": step, "model": ema.state_dict()})
             common.save(folder / "state.pt", {
                 "step": step, "seen": step * recipe.batch + order.shift, "model": module.state_dict(),
-                "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "config": meta["config"]},
+                "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "meta": meta},
                 keep=not damaged)  # a damaged state does not take the place of the good one before it
         damaged = False
 
@@ -358,7 +363,10 @@ def recompute(module):
             recompute(child)
             continue
         for block in child:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            if type(block).forward is nn.Module.forward:  # a level of MADFormer's U-Net: its parts are called
+                recompute(block)
+            else:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def adamw(module, stage, recipe, device):
@@ -370,44 +378,42 @@ def adamw(module, stage, recipe, device):
                              fused=device.type in ("cpu", "cuda"))
 
 
-def resume(folder, module, ema, optimizer, config):
-    """Loads the newest state that is whole. Its step and the samples seen by then, 0 and None where there is no state;
-    and whether a newer one was damaged."""
+def resume(folder, module, ema, optimizer, config, rank):
+    """Loads the newest state that is whole. What it says besides weights (step, seen: samples so far, meta with the
+    recipe's entries), {} where there is none; and whether a newer one was damaged."""
     damaged = False
     for path in (folder / "state.pt", folder / "state.previous.pt"):
         if not path.exists():
             continue
         try:
             with common.foreign(path):
-                state = common.read(path)
-                saved, step = common.rebuild(type(config), state["config"], path), int(state["step"])
+                state = common.read(path, sums=True)
+                saved = common.rebuild(type(config), state["meta"]["config"], path)
+                about = {"step": int(state["step"]), "seen": int(state["seen"]),
+                         "meta": {**state["meta"], **state["meta"]["recipe"]}}
                 if saved == config:
                     common.load_strict(module, state["model"], path)
                     common.load_strict(ema, state["ema"], path)
                     optimizer.load_state_dict(state["optimizer"])
         except UserError as error:
-            print(f"{error}; trying the one before")
+            if rank == 0:
+                print(f"{error}; trying the one before")
             damaged = True
             continue
         if saved != config:
             raise UserError(f"{folder} was begun with another configuration ({differences(saved, config)}); --fresh"
                             " begins anew, --out names another place")
-        return step, state.get("seen"), damaged
+        return about, damaged
     if damaged:
-        raise UserError(f"no state in {folder} is whole; --fresh begins anew")
-    return 0, None, False
+        raise UserError(f"no state in {folder} can be used; --out names another place, --fresh deletes it")
+    return {}, False
 
 
-def changes(folder, meta):
-    """What is asked for otherwise than when the run was last saved: length, batch, learning rate, data, precision."""
-    try:
-        old = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return ""
-    old, new = ({**m, **m.get("recipe", {})} for m in (old, meta))
-    names = [name for name in new if name not in ("torch", "recipe", "config", "classes") and name in old]
-    return ", ".join(f"{name} {old[name]} -> {new[name]}" for name in names
-                     if json.dumps(old[name]) != json.dumps(new[name]))
+def changes(old, new):
+    """What differs between two descriptions of a run: length, batch size, learning rate, data, precision, ranks."""
+    return ", ".join(f"{name} {old[name]} -> {value}" for name, value in new.items()
+                     if name not in ("torch", "recipe", "config", "classes") and name in old
+                     and json.dumps(old[name]) != json.dumps(value))
 
 
 def differences(old, new):

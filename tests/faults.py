@@ -73,6 +73,7 @@ def kills(model, n, folder, seed=0, steps=10):
     rng, lines, done, lost, run = random.Random(seed), [], 0, 0, 0
     command = ["--model", model, "--data", pictures(folder / "data"), "--steps", steps, "--save-every", 3, *BATCH,
                "--set", *SMALL[model]]
+    command[command.index("--workers") + 1] = "2"  # they outlive a killed run for some seconds
     begun = time.monotonic()
     said = start([*command, "--out", folder / "whole"]).communicate()[0]
     took, stages = time.monotonic() - begun, [p.name for p in (folder / "whole").iterdir() if (p / "state.pt").exists()]

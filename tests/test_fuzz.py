@@ -380,8 +380,8 @@ def checkpoints():
         optimizer = train.adamw(model, stage, stage.recipes["tiny"], cpu)
         sum(p.sum() for p in model.parameters()).backward()
         optimizer.step()
-        state = {"step": 2, "model": model.state_dict(), "ema": model.state_dict(), "config": run["config"],
-                 "optimizer": optimizer.state_dict()}
+        state = {"step": 2, "seen": 16, "model": model.state_dict(), "ema": model.state_dict(),
+                 "optimizer": optimizer.state_dict(), "meta": {**run, "recipe": {}}}
         released = {"model": model.state_dict(), "args": {"diff_depth": 1, "ar_len": 4, "image_size": 32}}
         own = {"unet": {"groups": 4}, "text": True} if name == "madformer" else {}  # what a file does not tell
 
@@ -393,7 +393,7 @@ def checkpoints():
         def resumed(folder, stage=stage, config=config):
             copy_of = stage.build(config)
             train.resume(folder, copy_of, copy.deepcopy(copy_of), train.adamw(copy_of, stage, stage.recipes["tiny"],
-                                                                             cpu), config)
+                                                                             cpu), config, 0)
         found |= {f"run of {name}": ("model.pt", run, sampled),
                   f"first stage of {name}": ("x.pt", whole, lambda folder, load=source.load: load(folder / "x.pt")),
                   f"state of {name}": ("state.pt", state, resumed),

@@ -777,7 +777,7 @@ def test_unet_blocks():
 @pytest.fixture(scope="session")
 def inception(inception_file):
     """The network with the fixture's weights, from a file like the published one; the recipe's checks hold."""
-    f, state = Fixture("inception"), torch.load(inception_file)
+    f, state = Fixture("inception"), torch.load(inception_file, weights_only=True)
     for name in (key.removeprefix("out/param_first4/") for key in f.keys("out/param_first4/")):
         assert torch.equal(state[name].flatten()[:4], f[f"out/param_first4/{name}"]), name
         total = torch.stack([state[name].double().sum(), state[name].double().abs().sum()])
