@@ -21,8 +21,9 @@ import common  # noqa: E402
 BATCH = ["--image-size", "16", "--device", "cpu", "--workers", "0", "--batch-size", "8", "--log-every", "1",
          "--sample-every", "100"]
 VAE = ["vae.width=8", "vae.channels=4", "vae.groups=4"]
-SMALL = {"transdiff": ["dim=32", "heads=2", "depth=2", "ar_depth=1", "features=16", "class_tokens=4", "steps=3", *VAE],
-         "dar": ["dim=32", "heads=2", "depth=2", *(f"tokenizer.{field}" for field in (
+SMALL = {"transdiff": ["dim=32", "heads=2", "depth=2", "ar_depth=1", "features=16", "class_tokens=4", "steps=3",
+                       "dropout=0.1", *VAE],
+         "dar": ["dim=32", "heads=2", "depth=2", "dropout=0.1", *(f"tokenizer.{field}" for field in (
              "dim=64", "depth=1", "queries=8", "query_rows=8", "codebook=32", "groups=4", "decoder_dim=64",
              "decoder_depth=1", "pixel_dim=64", "pixel_depth=2", "steps=4"))],
          "madformer": ["dim=64", "mlp=64", "depth=3", "diffusion_depth=2", "unet.channels=8,16", "unet.groups=4",

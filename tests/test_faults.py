@@ -60,9 +60,9 @@ def same(a, b, stage="vae", tolerance=0.0):
 # --- Runs -------------------------------------------------------------------------------------------------------------
 
 def test_runs_survive_kills(tmp_path):
-    """The loop of tests/faults.py, short: all stages of TransDiff, killed at a random moment, end bit-equal. (The other
+    """The loop of tests/faults.py, short: both stages of D-AR, killed at a random moment, end bit-equal. (The other
     models are killed at a given step, in test_scripts.)"""
-    assert faults.kills("transdiff", 1, tmp_path, seed=2)[-1].startswith("1 kills, 0 lost")
+    assert faults.kills("dar", 1, tmp_path, seed=2)[-1].startswith("1 kills, 0 lost")
 
 
 def test_a_full_disk_loses_nothing(undisturbed, pictures, tmp_path):

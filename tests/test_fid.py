@@ -146,7 +146,9 @@ def test_every_kind_of_input_gives_the_same_numbers(images, evaluate, tmp_path):
     np.savez(tmp_path / "adm.npz", arr_0=b, **{k: own[k] for k in ("mu", "sigma", "mu_s", "sigma_s")}, extra=[1])
     np.savez_compressed(tmp_path / "pytorch_fid.npz", mu=own["mu"], sigma=own["sigma"])
     torch.save({"mu": own["mu"].astype(np.float32), "sigma": own["sigma"]}, tmp_path / "torch-fidelity.pt")
-    for reference, metrics, known in (("pytorch_fid.npz", [], {"fid", "is"}), ("torch-fidelity.pt", [], {"fid", "is"}),
+    there = fid.Source(tmp_path / "torch-fidelity.pt").statistics
+    assert np.array_equal(there["sigma"], own["sigma"]) and np.array_equal(there["mu"], own["mu"].astype(np.float32))
+    for reference, metrics, known in (("pytorch_fid.npz", [], {"fid", "is"}),
                                       ("own.npz", ["--metrics", "sfid"], {"sfid"}),
                                       ("adm.npz", ["--metrics", "pr,sfid"], {"sfid", "precision", "recall"})):
         found, said = evaluate("a.npz", reference, "--is-rule", "adm", *metrics)

@@ -296,8 +296,7 @@ def test_compiled_sampling_is_eager_sampling(traced, name, how):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("text", [False, True])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("text, batch", [(False, 1), (True, 2)])
 def test_training_on_cuda_compiles_to_one_graph(monkeypatch, text, batch):
     """The branch with FlexAttention, traced on the CPU: no break, the same loss."""
     model = model_of(text=text, depth=2, diffusion_depth=1)

@@ -315,23 +315,6 @@ def test_dar_runs_say_what_the_codes_do(trained_dar):
     assert not any("teacher" in name for name in common.read(trained_dar / "tokenizer/model.pt")["model"])
 
 
-def test_killed_dar_runs_end_bit_equal(pictures, tmp_path):
-    """As above, for tokenizer and AR model, dropout and cached tokens included."""
-    def arguments(out):
-        return [str(a) for a in ("--data", pictures, "--out", out, "--steps", 6, "--save-every", 3, "--sample-every",
-                                 100, *DAR)]
-
-    run(ROOT / "train.py", *arguments(tmp_path / "whole"))
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED.format(root=str(ROOT), arguments=arguments(tmp_path / "killed")))
-    for _ in ("tokenizer", "ar"):
-        run(script, code=9)
-    run(ROOT / "train.py", *arguments(tmp_path / "killed"))
-    for stage in ("tokenizer", "ar"):
-        whole, killed = (common.read(tmp_path / name / stage / "state.pt") for name in ("whole", "killed"))
-        assert equal(whole, killed), stage
-
-
 @pytest.mark.parametrize("stage", ["tokenizer", "ar"])
 def test_two_dar_processes_are_one_with_the_same_batch(trained_dar, pictures, tmp_path, stage):
     arguments = ["--data", pictures, "--stage", stage, "--steps", 3, *DAR]
@@ -411,9 +394,9 @@ def test_madformer_learns_the_names_of_the_folders(trained_mad):
     assert (trained_mad / "madformer/samples/step_000002.png").exists()
 
 
-@pytest.mark.parametrize("changes", [[], ["text=0", "mlp_denoising=1", "hidden_weight=0"]])
-def test_killed_madformer_runs_end_bit_equal(trained_mad, pictures, tmp_path, changes):
-    """As above; with frozen parts, too."""
+def test_killed_madformer_runs_end_bit_equal(trained_mad, pictures, tmp_path):
+    """As above, with frozen parts."""
+    changes = ["text=0", "mlp_denoising=1", "hidden_weight=0"]
 
     def arguments(name):
         shutil.copytree(trained_mad / "vae", tmp_path / name / "vae", dirs_exist_ok=True)
@@ -431,7 +414,7 @@ def test_killed_madformer_runs_end_bit_equal(trained_mad, pictures, tmp_path, ch
     assert [(line["step"], line["loss"]) for line in whole] == [(line["step"], line["loss"]) for line in killed]
 
 
-@pytest.mark.parametrize("changes", [[], ["text=0", "condition=0"], ["mlp_denoising=1", "shared=1"]])
+@pytest.mark.parametrize("changes", [["text=0", "condition=0"], ["mlp_denoising=1", "shared=1"]])
 def test_two_madformer_processes_are_one_with_the_same_batch(trained_mad, pictures, tmp_path, changes):
     """Parameters that an ablation never uses must not stop two processes."""
     arguments = ["--data", pictures, "--stage", "madformer", "--steps", 3, *MAD, *changes]
