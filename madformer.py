@@ -987,7 +987,7 @@ def main():
     model, latents = MADFormer(c), torch.randn(2, c.vae.channels, c.latent_size, c.latent_size)
     blocks = model.cut(latents)
     print(f"\nlatents {tuple(latents.shape)} as blocks {tuple(blocks.shape)}, all in one through Downsampler.forward")
-    common.walk(model.down, blocks.flatten(0, 1), torch.arange(2 * c.ar_length), depth=5)
+    common.walk(model.down, blocks.flatten(0, 1), model.down.time(torch.arange(2 * c.ar_length)), depth=5)
     print("\nlatents and labels (2,) through MADFormer.forward")
     loss = common.walk(model, latents, torch.tensor([0, 1]))
     print("  loss:", {k: round(v.item(), 3) for k, v in loss.items()})

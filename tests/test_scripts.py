@@ -3,6 +3,7 @@ import argparse
 import ast
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import socket
@@ -833,6 +834,15 @@ def test_a_sweep_compares_guidance(trained, in_process, pictures, tmp_path, monk
 
 
 # --- The house --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("model", train.MODELS)
+def test_the_models_introduce_themselves(in_process, capsys, model):
+    """Presets with their parameters, and a batch on its way to a finite loss."""
+    in_process(train.MODELS[model])
+    said = capsys.readouterr().out
+    assert all(size in said for size in train.MODELS[model].PRESETS)
+    assert re.search(r"loss: \{'loss': \d+\.\d", said)
+
 
 def test_only_the_named_packages_are_imported():
     """Nothing beyond torch, NumPy, SciPy, Pillow and tqdm at import; no model file imports another."""
