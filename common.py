@@ -94,13 +94,6 @@ def command(main):
     os._exit(2) if dist.is_initialized() else sys.exit(2)  # other ranks may hang: torchrun ends them
 
 
-def finite(text):
-    """A number, neither infinite nor NaN."""
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is not finite")
-    return number
-
-
 def override(config, assignments):
     """A copy of a (nested) dataclass with `field=value` strings applied, typed by the field. Raises UserError."""
     hints, changes, nested = typing.get_type_hints(type(config)), {}, {}
@@ -1264,7 +1257,8 @@ def read(path, sums=False):
 def load_strict(module, state, path):
     """Loads a state dict into the module; a missing, extra or misshapen entry is a UserError that names it."""
     own = module.state_dict()
-    state = {k: v if isinstance(v, torch.Tensor) else torch.empty(0) for k, v in state.items()}
+    if strange := [k for k, v in state.items() if not isinstance(v, torch.Tensor)]:
+        raise UserError(f"{path} does not fit: {strange[0]} is a {type(state[strange[0]]).__name__}, not a tensor")
     wrong = ([f"missing {k}" for k in own if k not in state] + [f"unknown {k}" for k in state if k not in own]
              + [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own
                 if k in state and state[k].shape != own[k].shape])

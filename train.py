@@ -188,7 +188,7 @@ def train(args, stage, config, data, first, first_path, rank, world, device):
     if len(set(common.gather(torch.tensor([step], device=device)).tolist())) > 1:
         raise UserError(f"the ranks found different states in {folder}: is it on a disk that all machines share?")
     if seen != step * recipe.batch and not args.steps:  # another batch size: the epochs stay
-        steps = step + max(0, round((recipe.epochs * order.length - seen) / recipe.batch))
+        steps = step + max(0, math.floor((recipe.epochs * order.length - seen) / recipe.batch + 0.5))
     if step >= steps:
         if rank == 0:
             print(f"stage {stage.name}: {step} steps are done")

@@ -171,6 +171,9 @@ def test_three_ranks_and_a_change_of_their_number(pictures, tmp_path):
     assert [line["changed"] for line in log_of(tmp_path / "moved" / "vae", changes=True)] == [
         "steps 2 -> 6, ranks 2 -> 1"]
     assert same(tmp_path / "one", tmp_path / "three", tolerance=1e-4)
+    momentum = [torch.cat([s["exp_avg"].flatten() for s in common.read(tmp_path / name / "vae" / "state.pt")[
+        "optimizer"]["state"].values()]) for name in ("one", "three")]  # a moving average of the gradients
+    assert (momentum[0] - momentum[1]).norm() < 1e-5 * momentum[0].norm()
     one, three = (log_of(tmp_path / name / "vae") for name in ("one", "three"))
     assert [line["l1"] for line in one] == pytest.approx([line["l1"] for line in three], rel=1e-4)
 

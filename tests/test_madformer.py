@@ -183,7 +183,7 @@ def test_the_order_of_each_sampler(sampler, order):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ABLATIONS)
-@pytest.mark.parametrize("how", [{}, {"sampler": "dpm"}, {"cfg": 2.0}, {"cfg": (1.0, 3.0)}])
+@pytest.mark.parametrize("how", [{}, {"sampler": "dpm"}, {"cfg": 1.25}, {"cfg": (1.5, 0.5)}])  # more magnifies rounding
 def test_cached_sampling_is_plain_sampling(name, how):
     """Caches, padding, guidance and both samplers, under every switch."""
     model = model_of(**ABLATIONS[name])
@@ -195,7 +195,7 @@ def test_cached_sampling_is_plain_sampling(name, how):
     for clean_time in ("noisy", "zero"):
         model.config = dataclasses.replace(model.config, clean_time=clean_time)
         fast, plain = (way(labels, Noise.of(3, range(3)), **how) for way in (model.sample, model.sample_plainly))
-        assert_same(fast, plain, 1e-3 if "cfg" in how else 1e-4)  # guidance magnifies rounding by tens
+        assert_same(fast, plain)
 
 
 def test_what_is_clean_runs_once():
@@ -284,14 +284,14 @@ def test_the_stream_stays_in_float32_under_autocast():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, how", [("full", {"cfg": (1.0, 3.0)}), ("no text, mlp", {"sampler": "dpm"})])
+@pytest.mark.parametrize("name, how", [("full", {"cfg": (1.5, 0.5)}), ("no text, mlp", {"sampler": "dpm"})])
 def test_compiled_sampling_is_eager_sampling(traced, name, how):
     """Few graphs for all blocks, whose history grows, and for all steps; memory that stays is used again."""
     model, labels = model_of(**ABLATIONS[name]), torch.tensor([0, 1, 2])
     eager = model.sample(labels, Noise.of(3, range(3)), **how)
     madformer.compile_steps(model, None)
     for _ in range(2):
-        assert_same(model.sample(labels, Noise.of(3, range(3)), **how), eager, 1e-3)
+        assert_same(model.sample(labels, Noise.of(3, range(3)), **how), eager)
     assert len(model.kept) == 1 and len(traced) <= 3
 
 
