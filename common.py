@@ -1,13 +1,14 @@
-"""What the three papers share and none of them invented: the KL-VAE, data, randomness, training state, pictures.
+"""What the models share and none of the papers invented: KL-VAE, data, randomness, training state.
 
-Sections   1  KL-VAE: encoder, decoder, published weights             KLVAE, load_vae
-           2  Data: named sets, folders, crops, order, cache          load_data, crop, Order, cached
-           3  Randomness: one stream per image                        Noise
-           4  Training state: stages, ranks, checkpoints, EMA, log    Stage, Recipe, distributed, save, read, update_ema
-           5  Pictures: uint8 borders, grids, PNG and GIF             to_uint8, grid, save_gif
+Sections   1  Errors and scripts: configurations, launch    UserError, override, launch
+           2  KL-VAE: encoder, decoder, published weights   KLVAE, load_vae
+           3  Data: named sets, folders, order, cache       load_data, Samples, cached
+           4  Randomness: one generator per image           Noise
+           5  Training state: stages, ranks, checkpoints    Stage, Recipe, read_checkpoint
+           6  Pictures: uint8 borders, grids, animations    to_uint8, grid, save_gif
 Range      Images are float in [-1, 1] inside, uint8 at the borders (files, caches, data sets).
-Errors     A mistake that the user can mend raises UserError with one line that says how; the scripts print it and
-           leave with exit code 2.
+Errors     A mistake that the user can mend raises UserError with one line that says how. The
+           scripts print that line and exit with code 2.
 """
 import argparse
 import contextlib
@@ -17,24 +18,20 @@ import functools
 import gzip
 import hashlib
 import http.client
+import importlib
 import json
-import lzma
 import math
 import os
 import pickle
-import platform
 import re
+import shutil
 import struct
 import sys
 import tarfile
 import typing
-import urllib.error
-import urllib.request
-import zipfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,108 +39,287 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from torch.distributed.rendezvous import rendezvous
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
+
+# --- 1  Errors and scripts ------------------------------------------------------------------------
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line, what is wrong and what to do."""
+    """A mistake that the user can mend. Its text is one line: what is wrong and what to do."""
 
 
 @contextlib.contextmanager
-def foreign(path, what="damaged"):
-    """For reading what anybody may have written: what goes wrong in the block becomes a UserError with the path."""
+def untrusted(path, what="damaged"):
+    """Turn any error raised while an untrusted file is read into a UserError that names the file.
+    """
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
-        words = [type(error).__name__, *str(error).splitlines()[:1]]
-        raise UserError(f"{path} is {what} ({': '.join(words)})") from None
+    except Exception as error:  # what a hostile file raises cannot be listed
+        detail = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise UserError(f"{path} is {what} ({detail})") from None
 
 
-def command(main):
-    """Runs a script's `main`: a user's mistake or a failing disk ends it with one line and exit code 2."""
+def run_script(main):
+    """Run a script. A user's mistake or a failing disk ends it with one line and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # class names may not fit the terminal
     try:
         main()
+        return
     except UserError as error:
-        message = str(error).splitlines()[-1].removeprefix("common.UserError: ")  # a data worker adds its traceback
-    except OSError as error:  # disk full, no permission, a vanished folder
-        message = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
-    except MemoryError:
-        message = "out of memory"
-    except torch.OutOfMemoryError as error:
-        message = f"{str(error).split('. ')[0]}: a smaller --batch-size, or in training more --accumulate, needs less"
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            message = "a process that loads images died (killed, or out of memory): the same command goes on where it" \
-                      " was, --workers 0 does without"
-        elif dist.is_initialized() and (isinstance(error, dist.DistBackendError)
-                                        or re.search("gloo/|Connection (closed|reset) by peer", str(error))):
-            message = f"lost the other ranks ({str(error).splitlines()[0][:200]})"
-        else:
-            raise
+        text = str(error).rpartition("\ncommon.UserError: ")[2]  # of a data worker's traceback
+        message = " ".join(text.splitlines())
     except KeyboardInterrupt:
         message = "interrupted"
-    else:
-        return
+    except MemoryError:
+        message = "out of memory"
+    except OSError as error:  # disk full, no permission, a vanished folder
+        message = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+    except RuntimeError as error:
+        message = explain(error)
+        if message is None:
+            raise
     sys.stdout.flush()
-    rank = f" on rank {dist.get_rank()}" if dist.is_initialized() else ""
-    print(f"error{rank}: {message}", file=sys.stderr, flush=True)
-    os._exit(2) if dist.is_initialized() else sys.exit(2)  # other ranks may hang: torchrun ends them
+    if dist.is_initialized():
+        print(f"error on rank {dist.get_rank()}: {message}", file=sys.stderr, flush=True)
+        os._exit(2)  # the other ranks may hang; torchrun ends them
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def explain(error):
+    """Return one line about a RuntimeError that is not a programming mistake, else None."""
+    first_line = str(error).splitlines()[0][:200] if str(error) else ""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{first_line.split('. ')[0]}: use a smaller --batch-size, or --accumulate"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed ({first_line}): --no-compile runs without it"
+    if "DataLoader worker" in str(error):
+        return "a process that loads images died (out of memory?): the same command resumes"
+    lost = re.search("gloo/|Connection (closed|reset) by peer", str(error))
+    if dist.is_initialized() and (lost or isinstance(error, dist.DistBackendError)):
+        return f"lost the connection to the other ranks ({first_line})"
+    return None
+
+
+def check(config, rules, **choices):
+    """Raise ValueError for the first field outside its choices or the first rule that does not
+    hold.
+
+    rules: what must hold, in words -> whether it does. choices: field -> the values it may have.
+    """
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            listed = ", ".join(map(str, allowed))
+            raise ValueError(f"{name} is one of {listed}, not {getattr(config, name)}")
+    for rule, holds in rules.items():
+        if not holds:
+            raise ValueError(rule)
+
+
+def with_options(config, **options):
+    """Return the config with those options that are not None. Raise UserError for a bad value."""
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return dataclasses.replace(config, **given)
+    except (ValueError, ArithmeticError) as error:
+        raise UserError(str(error)) from None
 
 
 def override(config, assignments):
-    """A copy of a (nested) dataclass with `field=value` strings applied, typed by the field. Raises UserError."""
-    hints, changes, nested = typing.get_type_hints(type(config)), {}, {}
+    """Return a (nested) dataclass with `field=value` strings applied, typed by the fields.
+
+    Raise UserError for an unknown field, a bad value, or values that do not fit together.
+    """
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    nested = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        head, _, rest = name.strip().partition(".")
+        head, _, rest = name.partition(".")
         if not equals or head not in hints:
-            raise UserError(f"--set {assignment}: no such field; the fields are {', '.join(hints)}")
-        kind = hints[head]
+            raise UserError(f"--set {assignment}: no such field; choose from {', '.join(hints)}")
+        if rest:
+            nested.setdefault(head, []).append(f"{rest}={text}")
+            continue
         try:
-            if dataclasses.is_dataclass(kind):
-                nested.setdefault(head, []).append(f"{rest}={text}")
-            elif kind is bool:
-                changes[head] = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-            elif typing.get_origin(kind) is tuple:
-                changes[head] = tuple(typing.get_args(kind)[0](part) for part in text.split(",") if part)
-            else:
-                changes[head] = kind(text)
-        except (KeyError, ValueError) as error:
-            raise UserError(f"--set {assignment}: {head} is a {getattr(kind, '__name__', kind)} ({error})") from None
-    changes |= {head: override(getattr(config, head), parts) for head, parts in nested.items()}
+            changes[head] = parse(text, hints[head])
+        except (KeyError, ValueError, TypeError):
+            raise UserError(f"--set {assignment}: not a value of type {hints[head]}") from None
+    for head, parts in nested.items():
+        changes[head] = override(getattr(config, head), parts)
+    return with_options(config, **changes)  # all at once: they may only fit together
+
+
+def parse(text, kind):
+    """Return the value of a type (bool, int, float, str or a tuple of one of them) that a text stands for."""
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if dataclasses.is_dataclass(kind):
+        raise TypeError("only its fields can be set")
+    if typing.get_origin(kind) is tuple:
+        return tuple(parse(part, typing.get_args(kind)[0]) for part in text.split(",") if part)
+    return kind(text)
+
+
+def rebuild(kind, values):
+    """Return the (nested) dataclass that dataclasses.asdict turned into these values."""
+    fields = dict(values)
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(f.default) and f.name in fields:
+            fields[f.name] = rebuild(type(f.default), fields[f.name])
+    return kind(**fields)
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among the ranks of a job, its device and its precision."""
+    rank: int
+    world: int
+    device: torch.device
+    precision: str  # "bf16" or "fp32"
+
+    def autocast(self):
+        """Return the context in which networks run."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def launch(device=None, precision=None):
+    """Join torchrun's process group, if there is one, and return this Process.
+
+    device: cpu, cuda, cuda:1, mps; by default the best there is. precision: by default bf16 on
+    CUDA.
+    """
+    torch.set_flush_denormal(True)  # CPUs are several times slower on numbers below 1e-38
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if device is None:
+        apple = torch.backends.mps.is_available() and world == 1
+        device = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
     try:
-        return dataclasses.replace(config, **changes)  # all at once: only together they need to make sense
-    except (ValueError, ArithmeticError) as error:
-        raise UserError(f"--set {' '.join(assignments)}: {error}") from None
+        device = torch.device(device)
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # masked, it has given NaN gradients on Hopper
+    if world > 1 and not dist.is_initialized():
+        options = {"backend": "nccl", "device_id": device} if on_cuda else {"backend": "gloo"}
+        dist.init_process_group(timeout=datetime.timedelta(minutes=60), **options)
+    if precision is None:
+        precision = "bf16" if on_cuda and torch.cuda.is_bf16_supported() else "fp32"
+    return Process(rank, world, device, precision)
 
 
-def rebuild(kind, values, path=None):
-    """The (nested) dataclass that dataclasses.asdict made these values of. path: the checkpoint that has them. Raises
-    UserError for a number that is larger than the bytes of that file: no model in it can be so wide or deep."""
-    if path and any(isinstance(v, int) and v > os.path.getsize(path) for v in values.values()):
-        raise UserError(f"{path}: the model that it describes is larger than the file")
-    nested = {f.name: type(f.default) for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.default)}
-    return kind(**{k: rebuild(nested[k], v, path) if k in nested else v for k, v in values.items()})
+@contextlib.contextmanager
+def true_float32():
+    """Switch TF32 off: it keeps ten bits of a mantissa, which moves codes and features."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-# --- 1  KL-VAE --------------------------------------------------------------------------------------------------------
+def progress(total, title, unit, rank=0, done=0):
+    """Return a progress bar on rank 0. Without a terminal it prints a line every half minute."""
+    return tqdm(total=total, initial=done, desc=title, unit=unit, disable=rank > 0 or done >= total,
+                mininterval=0.2 if sys.stderr.isatty() else 30)
+
+
+def load_model(name):
+    """Import the model file NAME.py, which is beside the scripts or in the working directory."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        module = None
+    if not hasattr(module, "STAGES"):
+        raise UserError(f"--model {name}: no model file {name}.py here or beside the scripts")
+    return module
+
+
+def natural(text, least=0):
+    """Convert the text of an option to an integer of 0 or more. argparse shows this function's
+    name."""
+    if int(text) < least:
+        raise ValueError
+    return int(text)
+
+
+def positive(text):
+    """Convert the text of an option to an integer of 1 or more."""
+    return natural(text, 1)
+
+
+def class_ids(texts, config):
+    """Return the labels of classes given as ids or names; a text may list several with commas.
+
+    A name in the right case is preferred to one in another. Raise UserError for what is neither.
+    """
+    names = list(config.class_names)
+    lower = [name.lower() for name in names]
+    ids = []
+    for text in texts:
+        is_name = text.lower() in lower  # a name may have commas
+        for part in [text] if is_name else [part.strip() for part in text.split(",")]:
+            if part in names:
+                ids.append(names.index(part))
+            elif part.lower() in lower:
+                ids.append(lower.index(part.lower()))
+            elif part.isdecimal() and len(part) < 10 and int(part) < config.classes:
+                ids.append(int(part))
+            else:
+                listed = f", or names: {', '.join(names[:20])}" if names else ""
+                raise UserError(f"no class {part}: use ids 0 to {config.classes - 1}{listed}")
+    return ids
+
+
+def walk(module, *inputs, depth=2):
+    """Run the module once, print the shape of what each part returns first, and return the output.
+    """
+    shapes = {}
+
+    def note(name, output):
+        output = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, torch.Tensor):
+            shapes.setdefault(name, tuple(output.shape))
+
+    for name, part in module.named_modules():
+        if name and name.count(".") < depth:
+            part.register_forward_hook(lambda part, args, output, name=name: note(name, output))
+    output = module(*inputs)
+    for name, shape in shapes.items():
+        print(f"  {name:32s} {type(module.get_submodule(name)).__name__:18s} {shape}")
+    return output
+
+
+# --- 2  KL-VAE ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Shape of a latent-diffusion KL autoencoder (Rombach et al., 2022). The default is the 16-channel f16 one."""
-    channels: int = 16                            # latent channels z
-    width: int = 128                              # channels at full resolution
-    mult: tuple[int, ...] = (1, 1, 2, 2, 4)       # width multiple per level; each level but the last halves the side
-    blocks: int = 2                               # residual blocks per encoder level; the decoder has one more
-    attention: tuple[int, ...] = (4,)             # encoder levels with attention after every residual block
-    decoder_attention: tuple[int, ...] = ()       # the same for the decoder
-    groups: int = 32                              # of every group norm
-    scale: float = 0.2325                         # latent = scale * posterior sample; 0: measured by the vae stage
-    kl_weight: float = 1e-6                       # training: weight of the KL term, per latent value
+    """Shape of a latent-diffusion KL autoencoder. The default is the 16-channel f16 one."""
+    channels: int = 16                       # latent channels
+    width: int = 128                         # channels at full resolution
+    mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # width multiple per level; each but the last halves
+    blocks: int = 2                          # residual blocks per encoder level; decoder: one more
+    attention: tuple[int, ...] = (4,)        # encoder levels with attention after every block
+    decoder_attention: tuple[int, ...] = ()  # the same for the decoder
+    groups: int = 32                         # of every group norm
+    scale: float = 0.2325                    # latent = scale * posterior sample; 0: to be measured
+    kl_weight: float = 1e-6                  # training: weight of the KL term per latent value
 
     @property
     def factor(self):
@@ -151,12 +327,14 @@ class VAEConfig:
         return 2 ** (len(self.mult) - 1)
 
 
-SD_VAE = VAEConfig(channels=4, mult=(1, 2, 4, 4), attention=(), scale=0.18215)  # the 4-channel f8 one
-TINY_VAE = VAEConfig(channels=16, width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8, scale=0, kl_weight=1e-3)
+SD_VAE = VAEConfig(channels=4, mult=(1, 2, 4, 4), attention=(), scale=0.18215)  # the f8 one
+TINY_VAE = VAEConfig(width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8, scale=0,
+                     kl_weight=1e-3)
+PUBLISHED_SCALES = {16: 0.2325, 4: 0.18215}  # by latent channels: TransDiff's, Stable Diffusion's
 
 
 class ResBlock(nn.Module):
-    """GN, SiLU, conv, GN, SiLU, conv, plus the input (through a 1x1 convolution where the width changes)."""
+    """Two rounds of group norm, SiLU and convolution, added to the input."""
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -164,835 +342,821 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.shortcut(x) + h
 
 
 class SpatialAttention(nn.Module):
-    """Single-head attention over all positions of a feature map, plus the input."""
+    """Single-head attention over all positions of a feature map, added to the input."""
 
-    def __init__(self, c, groups):
+    def __init__(self, channels, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x):
+    def forward(self, x):                                          # (B, C, h, w)
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # (B, hw, C)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).unflatten(2, x.shape[2:])
-        return x + self.proj_out(h)
+        qkv = torch.stack([self.q(h), self.k(h), self.v(h)])       # (3, B, C, h, w)
+        q, k, v = qkv.flatten(3).transpose(2, 3).unsqueeze(2)      # (B, 1, h w, C): 4-D, so that
+        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)     # fused kernels exist
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Resample(nn.Module):
-    """Half the side: zeros on the right and at the bottom only, then a 3x3 convolution of stride 2.
-    Twice the side: nearest neighbour, then a 3x3 convolution."""
+    """Half the side: a convolution of stride 2, padded on the right and at the bottom only. Twice
+    the side: nearest neighbours, then a convolution."""
 
-    def __init__(self, c, up):
+    def __init__(self, channels, double):
         super().__init__()
-        self.up, self.conv = up, nn.Conv2d(c, c, 3, stride=1 if up else 2, padding=1 if up else 0)
+        self.double = double
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if double else 2)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+        if self.double:
+            return self.conv(F.pad(F.interpolate(x, scale_factor=2.0), (1, 1, 1, 1)))
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where the level has it."""
+    """The residual blocks of one resolution, each followed by attention where the level has it,
+    and the change of resolution after them."""
 
-    def __init__(self, c_in, c_out, blocks, attention, groups):
+    def __init__(self, c_in, c_out, blocks, has_attention, groups):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_out if j else c_in, c_out, groups) for j in range(blocks))
-        self.attn = nn.ModuleList(SpatialAttention(c_out, groups) for _ in range(blocks if attention else 0))
+        self.blocks = nn.ModuleList()
+        self.attention = nn.ModuleList()
+        for _ in range(blocks):
+            self.blocks.append(ResBlock(c_in, c_out, groups))
+            attention = SpatialAttention(c_out, groups) if has_attention else nn.Identity()
+            self.attention.append(attention)
+            c_in = c_out
+        self.resample = nn.Identity()
 
     def forward(self, x):
-        for j, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[j](x)
-        return x
+        for block, attention in zip(self.blocks, self.attention):
+            x = attention(block(x))
+        return self.resample(x)
 
 
-def middle(c, groups):
-    """Residual block, attention, residual block, at the lowest resolution."""
-    return nn.Sequential(OrderedDict(block_1=ResBlock(c, c, groups), attn_1=SpatialAttention(c, groups),
-                                     block_2=ResBlock(c, c, groups)))
+class Coder(nn.Module):
+    """The encoder, images (B, 3, h, w) to moments (B, 2 channels, h/f, w/f), or the decoder,
+    latents (B, channels, h/f, w/f) to images. Level 0 is full resolution in both."""
 
-
-class Encoder(nn.Module):
-    """Images (B, 3, H, W) to features (B, 2z, H/f, W/f)."""
-
-    def __init__(self, config):
+    def __init__(self, config, decoder):
         super().__init__()
-        widths, last = [config.width * m for m in config.mult], len(config.mult) - 1
-        self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
-        self.down = nn.ModuleList()
+        self.is_decoder = decoder
+        widths = [config.width * m for m in config.mult]
+        inputs = [*widths[1:], widths[-1]] if decoder else [config.width, *widths[:-1]]
+        blocks = config.blocks + 1 if decoder else config.blocks
+        attention = config.decoder_attention if decoder else config.attention
+        first, final = (widths[-1], widths[0]) if decoder else (config.width, widths[-1])
+        self.conv_in = nn.Conv2d(config.channels if decoder else 3, first, 3, padding=1)
+        self.levels = nn.ModuleList()
         for i, width in enumerate(widths):
-            level = Level([config.width, *widths][i], width, config.blocks, i in config.attention, config.groups)
-            if i < last:
-                level.downsample = Resample(width, up=False)
-            self.down.append(level)
-        self.mid = middle(widths[-1], config.groups)
-        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.channels, 3, padding=1)
+            level = Level(inputs[i], width, blocks, i in attention, config.groups)
+            if i != (0 if decoder else len(widths) - 1):
+                level.resample = Resample(width, double=decoder)
+            self.levels.append(level)
+        self.mid = nn.Sequential(ResBlock(widths[-1], widths[-1], config.groups),
+                                 SpatialAttention(widths[-1], config.groups),
+                                 ResBlock(widths[-1], widths[-1], config.groups))
+        self.norm_out = nn.GroupNorm(config.groups, final, eps=1e-6)
+        self.conv_out = nn.Conv2d(final, 3 if decoder else 2 * config.channels, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
-        for i, level in enumerate(self.down):
-            x = level(x)
-            if i < len(self.down) - 1:
-                x = level.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
-
-
-class Decoder(nn.Module):
-    """Latents (B, z, H/f, W/f) to images (B, 3, H, W). Level 0 is full resolution, so the levels run backwards."""
-
-    def __init__(self, config):
-        super().__init__()
-        widths, last = [config.width * m for m in config.mult], len(config.mult) - 1
-        self.conv_in = nn.Conv2d(config.channels, widths[-1], 3, padding=1)
-        self.mid = middle(widths[-1], config.groups)
-        self.up = nn.ModuleList()
-        for i, width in enumerate(widths):
-            level = Level(widths[min(i + 1, last)], width, config.blocks + 1, i in config.decoder_attention,
-                          config.groups)
-            if i > 0:
-                level.upsample = Resample(width, up=True)
-            self.up.append(level)
-        self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def forward(self, z):
-        x = self.mid(self.conv_in(z))
-        for i in reversed(range(len(self.up))):
-            x = self.up[i](x)
-            if i > 0:
-                x = self.up[i].upsample(x)
+        parts = [self.mid, *reversed(self.levels)] if self.is_decoder else [*self.levels, self.mid]
+        for part in parts:
+            x = part(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class KLVAE(nn.Module):
-    """Autoencoder with a Gaussian posterior (Rombach et al., 2022, KL-regularised), and the latent scale that goes
-    with its weights: everybody else sees scaled latents only.
+    """Autoencoder with a Gaussian posterior (Rombach et al., 2022), and the scale of its latents.
 
-    encode: images (B, 3, H, W) to moments (B, 2z, h, w); sample: moments to scaled latents (B, z, h, w);
-    decode: scaled latents to images. H and W are divisible by config.factor.
+    The scale belongs to the weights: everything outside this class sees scaled latents. Image sides
+    are divisible by config.factor.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder = Coder(config, decoder=False)
+        self.decoder = Coder(config, decoder=True)
         self.quant_conv = nn.Conv2d(2 * config.channels, 2 * config.channels, 1)
         self.post_quant_conv = nn.Conv2d(config.channels, config.channels, 1)
         self.register_buffer("scale", torch.tensor(float(config.scale or 1)))
         self.initialise()
 
     def initialise(self):
-        """Unit-gain convolutions, and every residual branch zero at first: worth 8 dB after 500 steps of `tiny`."""
+        """Unit-gain convolutions and zero residual branches: worth 8 dB after 500 steps of `tiny`.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
                 nn.init.zeros_(module.bias)
         for module in self.modules():
-            if isinstance(module, (ResBlock, SpatialAttention)):
-                nn.init.zeros_((module.conv2 if isinstance(module, ResBlock) else module.proj_out).weight)
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.weight)
+            if isinstance(module, SpatialAttention):
+                nn.init.zeros_(module.proj_out.weight)
 
     def encode(self, images):
-        """Moments of the posterior: mean, then log-variance (not clamped)."""
-        return self.quant_conv(self.encoder(images))
+        """Return the posterior's moments (B, 2 channels, h, w): mean, then log-variance."""
+        pixels = images[0, 0].numel()
+        return torch.cat([self.quant_conv(self.encoder(part)) for part in in_parts(images, pixels)])
 
     def posterior(self, moments):
-        """Mean and standard deviation (B, z, h, w), unscaled."""
+        """Return mean and standard deviation (B, channels, h, w), unscaled."""
         mean, logvar = moments.float().chunk(2, dim=1)
         return mean, torch.exp(logvar.clamp(-30, 20) / 2)
 
-    def sample(self, moments, noise=None):
-        """Scaled latents drawn from the posterior. noise (B, z, h, w) is drawn unless given."""
+    def codes(self, moments, noise=None):
+        """Return scaled latents drawn from the posterior. noise (B, channels, h, w) may be given.
+        """
         mean, std = self.posterior(moments)
         return self.scale * (mean + std * (torch.randn_like(mean) if noise is None else noise))
 
     def decode(self, latents):
-        """Images (B, 3, H, W) of scaled latents, not clamped. In parts of 64 images of 256 pixels or as much: what the
-        decoder keeps on the way is larger than all else when sampling."""
-        z, (h, w) = latents / self.scale, latents.shape[2:]
-        parts = z.split(max(1, 2**22 // (h * w * self.config.factor**2)))
-        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
+        """Return images (B, 3, h, w) for scaled latents, not clamped."""
+        z = latents / self.scale
+        pixels = z[0, 0].numel() * self.config.factor**2
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in in_parts(z, pixels)])
+
+    def reconstruct(self, images, noise, on_step=None):
+        """Return the images (B, 3, h, w) encoded and decoded. noise: common.Noise."""
+        moments = self.encode(images)
+        return self.decode(self.codes(moments, noise.normal(moments.chunk(2, dim=1)[0].shape[1:])))
 
     def kl(self, moments):
-        """KL divergence to N(0, I) per image (B,), summed over channels and space."""
+        """Return the KL divergence to N(0, I) per image (B,), summed over channels and space."""
         mean, std = self.posterior(moments)
         return 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).flatten(1).sum(1)
 
     def forward(self, images, labels=None, *, noise=None):
-        """Training loss: L1 reconstruction + kl_weight * KL, both means (over image values; over latent values)."""
+        """Return the training loss: mean L1 error plus kl_weight times the KL per latent value."""
         moments = self.encode(images)
-        l1 = F.l1_loss(self.decode(self.sample(moments, noise)).float(), images)
+        l1 = F.l1_loss(self.decode(self.codes(moments, noise)).float(), images)
         kl = self.kl(moments).mean() / (moments[0].numel() / 2)
         return {"loss": l1 + self.config.kl_weight * kl, "l1": l1, "kl": kl}
 
     @torch.no_grad()
-    def calibrate(self, images):
-        """Sets the scale so that the latents of these images have unit standard deviation (if it is measured)."""
+    def finish(self, images):
+        """Set the scale that gives latents of these images unit deviation, if it is measured."""
         if not self.config.scale:
             mean, std = self.posterior(self.encode(images))
             self.scale.copy_((mean.var() + (std**2).mean()).rsqrt())
 
 
-DIFFUSERS = [  # diffusers name -> latent-diffusion name; the decoder's block order is turned round in load_vae
-    (r"conv_norm_out", "norm_out"), (r"conv_shortcut", "nin_shortcut"),
-    (r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2"),
-    (r"mid_block\.attentions\.0", "mid.attn_1"),
-    (r"down_blocks\.(\d+)\.resnets", r"down.\1.block"), (r"down_blocks\.(\d+)\.attentions", r"down.\1.attn"),
-    (r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample"),
-    (r"up_blocks\.(\d+)\.resnets", r"up.\1.block"), (r"up_blocks\.(\d+)\.attentions", r"up.\1.attn"),
-    (r"up_blocks\.(\d+)\.upsamplers\.0", r"up.\1.upsample"),
-    (r"group_norm", "norm"), (r"\b(to_q|query)\b", "q"), (r"\b(to_k|key)\b", "k"), (r"\b(to_v|value)\b", "v"),
-    (r"\b(to_out\.0|proj_attn)\b", "proj_out")]
+def in_parts(x, pixels):
+    """Split a batch so that a part has at most 64 images of 256 x 256: activations are large."""
+    return x.split(max(1, 2**22 // pixels))
+
+
+# Published name -> ours.
+LATENT_DIFFUSION = r"""
+\.(down|up)\.(\d+)  -> .levels.\2
+\.block\.(\d+)      -> .blocks.\1
+\.attn\.            -> .attention.
+\.(down|up)sample\. -> .resample.
+nin_shortcut        -> shortcut
+\.mid\.block_1      -> .mid.0
+\.mid\.attn_1       -> .mid.1
+\.mid\.block_2      -> .mid.2
+"""
+# Published name -> latent-diffusion's, with the decoder's levels in reverse order.
+DIFFUSERS = r"""
+conv_norm_out                          -> norm_out
+conv_shortcut                          -> nin_shortcut
+mid_block\.resnets\.0                  -> mid.block_1
+mid_block\.resnets\.1                  -> mid.block_2
+mid_block\.attentions\.0               -> mid.attn_1
+(down|up)_blocks\.(\d+)\.resnets       -> \1.\2.block
+(down|up)_blocks\.(\d+)\.attentions    -> \1.\2.attn
+(down|up)_blocks\.(\d+)\.\1samplers\.0 -> \1.\2.\1sample
+group_norm                             -> norm
+\b(to_q|query)\b                       -> q
+\b(to_k|key)\b                         -> k
+\b(to_v|value)\b                       -> v
+\b(to_out\.0|proj_attn)\b              -> proj_out
+"""
 
 
 def load_vae(path):
-    """A KL-VAE from a file of this project, of latent-diffusion or of diffusers; the config comes from the shapes.
+    """Return a frozen KL-VAE from one of our checkpoints, or from a latent-diffusion or diffusers
+    file.
 
-    Strict: a missing, extra or misshapen entry is a UserError that names it. The latent scale is the file's own if it
-    holds one, else the published one for 16 (0.2325, TransDiff) or 4 channels (0.18215, Stable Diffusion).
+    The shapes give the config. The number of groups and the latent scale do not show in the
+    weights: they come from a diffusers config.json beside the file, else they are the published
+    ones, which is said. Raise UserError for a missing, extra or misshapen entry.
     """
-    content = read(path)
-    with foreign(path, "not a KL-VAE"):
-        config = rebuild(VAEConfig, content["config"]["vae"], path) if content.get("stage") == "vae" else None
-        state = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), content)
-        return vae_from_state(state, config, path)
+    path = Path(path)
+    content = read_checkpoint(path)
+    with untrusted(path, "not a KL-VAE"):
+        if content.get("stage") == "vae":
+            config = rebuild(VAEConfig, content["config"]["vae"])
+            return vae_from_state(content["model"], config, path)
+        state = unwrap(content, "model", "state_dict")
+        beside = path.with_name("config.json")
+        about = json.loads(beside.read_text()) if beside.exists() else {}
+        if about.get("shift_factor"):
+            raise UserError(f"{beside}: latents with a shift_factor are not supported")
+        vae = vae_from_state(state, None, path, about.get("norm_num_groups"),
+                             about.get("scaling_factor"))
+        if "scaling_factor" not in about and "scale" not in state:
+            print(f"note: {path} does not tell its latent scale and groups: assuming"
+                  f" {vae.config.scale} and {vae.config.groups}, as published")
+        return vae
 
 
-def vae_from_state(state, config=None, path="the VAE"):
-    """The KL-VAE of a state dict in one of the three layouts (see load_vae)."""
+def vae_from_state(state, config=None, path="the VAE", groups=None, scale=None):
+    """Return the KL-VAE of a state dict in one of the published layouts (see load_vae)."""
+    if any(name.startswith("first_stage_model.") for name in state):  # in a whole diffusion model
+        state = {k: v for k, v in state.items() if k.startswith("first_stage_model.")}
+    state = renamed(state, r"^(first_stage_model|vae)\. ->")
     state = {k: v for k, v in state.items() if not k.startswith(("loss", "model_ema."))}
-    if any("_blocks." in k for k in state):
-        levels = 1 + max(int(m[1]) for m in (re.match(r"decoder\.up_blocks\.(\d+)", k) for k in state) if m)
-        for old, new in DIFFUSERS:
-            state = {re.sub(old, new, k): v for k, v in state.items()}
-        state = {re.sub(r"\bup\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", k): v for k, v in state.items()}
-        state = {k: v[:, :, None, None] if ("attn" in k and v.ndim == 2) else v for k, v in state.items()}
-    if config is None:
-        def count(pattern):  # how many different numbers stand at the group of the pattern
-            return sorted({int(m[1]) for m in (re.match(pattern, k) for k in state) if m})
-        try:
-            width, channels = state["encoder.conv_in.weight"].shape[0], state["post_quant_conv.weight"].shape[0]
-            levels = count(r"encoder\.down\.(\d+)\.block")
-            config = VAEConfig(
-                channels=channels, width=width, blocks=len(count(r"encoder\.down\.0\.block\.(\d+)")),
-                mult=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // width for i in levels),
-                attention=tuple(count(r"encoder\.down\.(\d+)\.attn")),
-                decoder_attention=tuple(count(r"decoder\.up\.(\d+)\.attn")),
-                scale=float(state.get("scale", {16: 0.2325, 4: 0.18215}.get(channels, 1.0))))
-        except KeyError as missing:
-            raise UserError(f"{path}: not a KL-VAE in a known layout: no entry {missing}") from None
-        if width % config.groups:
-            raise UserError(f"{path}: weights alone do not tell the norms' groups, and {width} channels are not the"
-                            f" published {config.groups}; give the run's own model.pt")
-    vae = KLVAE(config)
+    if any("_blocks." in name for name in state):
+        top = max(numbered(state, r"decoder\.up_blocks\.(\d+)"), default=0)
+        state = renamed(state, DIFFUSERS)
+        state = {re.sub(r"\.up\.(\d+)", lambda m: f".up.{top - int(m[1])}", k): v
+                 for k, v in state.items()}
+    state = renamed(state, LATENT_DIFFUSION)
+    for name, value in state.items():
+        if value.ndim == 2:  # attention written with linear layers
+            state[name] = value[:, :, None, None]
+    try:
+        config = config or vae_config(state, groups, scale)
+        vae = KLVAE(config)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a KL-VAE in a known layout ({error})") from None
     load_strict(vae, {"scale": torch.tensor(float(config.scale or 1)), **state}, path)
     return vae.eval().requires_grad_(False)
 
 
-# --- 2  Data ----------------------------------------------------------------------------------------------------------
+def vae_config(state, groups=None, scale=None):
+    """Return the VAEConfig that the shapes of a renamed state dict tell."""
+    width = state["encoder.conv_in.weight"].shape[0]
+    channels = state["post_quant_conv.weight"].shape[0]
+    mult = []
+    for i in numbered(state, r"encoder\.levels\.(\d+)"):
+        mult.append(state[f"encoder.levels.{i}.blocks.0.conv1.weight"].shape[0] // width)
+    published = PUBLISHED_SCALES.get(channels, 1.0)
+    return VAEConfig(
+        channels=channels, width=width, mult=tuple(mult), groups=groups or VAEConfig.groups,
+        blocks=len(numbered(state, r"encoder\.levels\.0\.blocks\.(\d+)")),
+        attention=tuple(numbered(state, r"encoder\.levels\.(\d+)\.attention")),
+        decoder_attention=tuple(numbered(state, r"decoder\.levels\.(\d+)\.attention")),
+        scale=scale or float(state.get("scale", published)))
+
+
+# --- 3  Data --------------------------------------------------------------------------------------
 
 @dataclass
 class Data:
-    """A labelled set of pictures. Nothing per image is held but its label and what `read` needs to find it."""
+    """A labelled set of pictures. Nothing is held per image but its label and its file's name."""
     name: str
     labels: np.ndarray                     # (n,) int64, 0 .. len(classes) - 1
     classes: list[str]
-    read: Callable[[int], Image.Image]     # the i-th picture, RGB, any size
-    key: str                               # digest: another set, or the same one changed, has another key
+    open: Callable[[int], Image.Image]     # index -> RGB picture of any size, or one of UNREADABLE
+    key: str                               # digest that changes with the content
+    paths: list[Path] = field(default_factory=list)  # of the pictures, if each is a file
+    broken: set = field(default_factory=set)         # indices of files that could not be read
+
+    def read(self, index):
+        """Return picture `index`. A broken file is named once, and another of its class replaces
+        it.
+
+        Raise UserError if the class has no readable picture.
+        """
+        for i in self.candidates(index):
+            if i not in self.broken:
+                try:
+                    return self.open(i)
+                except UNREADABLE as error:
+                    self.broken.add(i)
+                    count = len(self.broken)
+                    tqdm.write(f"skipped broken file {self.paths[i]} ({count} so far): {error}")
+        raise UserError(f"class {self.classes[self.labels[index]]} has no readable picture")
+
+    def candidates(self, index):
+        """Yield the index, then those of the other pictures of its class."""
+        yield index
+        of_class = np.flatnonzero(self.labels == self.labels[index])
+        yield from np.roll(of_class, -index).tolist()
 
 
-SHAPES = ["circle", "ring", "square", "triangle", "diamond", "star", "heart", "cross", "crescent", "flower"]
+SHAPES = ["circle", "ring", "square", "triangle", "diamond", "star", "heart", "cross", "crescent",
+          "flower"]
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-FASHION = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-IDX = {  # name: (source, class names, {file: SHA-256 or its first digits})
+FASHION = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+           "ankle boot"]
+IDX = {  # name: (URL, class names, {file: SHA-256 or its first digits})
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", list("0123456789"), {
-        "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-        "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-        "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"}),
+        "train-images-idx3-ubyte.gz": "440fcabf73cc546f",
+        "train-labels-idx1-ubyte.gz": "3552534a0a558bbe",
+        "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79",
+        "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6d"}),
     "fashion-mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", FASHION, {
-        "train-images-idx3-ubyte.gz": "b0564c3eedabfbf8", "train-labels-idx1-ubyte.gz": "0ae29f65d86684f3",
-        "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84d", "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44"})}
-CIFAR10_FILE = ("https://www.cs.toronto.edu/~kriz/", "cifar-10-binary.tar.gz",
-                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, RuntimeError, struct.error, zlib.error,
-              Image.DecompressionBombError)  # what Pillow raises for files that are not what they seem
+        "train-images-idx3-ubyte.gz": "b0564c3eedabfbf8",
+        "train-labels-idx1-ubyte.gz": "0ae29f65d86684f3",
+        "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84d",
+        "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44"})}
+CIFAR10_FILE = ("https://www.cs.toronto.edu/~kriz/", "cifar-10-binary.tar.gz", "c4a38c50a1bc5f3a")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not EPS, which is a program
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, RuntimeError,
+              struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises
 
 
 def load_data(name, root="data", size=32, split="train"):
-    """The data set `shapes`, `mnist`, `fashion-mnist`, `cifar10`, or a FOLDER with a sub-folder per class.
+    """Return the data set `shapes`, `mnist`, `fashion-mnist`, `cifar10`, or that of a FOLDER.
 
-    Named sets are read from root/<name>/, and downloaded there once if missing. `size` (pixels) matters to shapes,
-    which are drawn at that size, and to folders, whose JPEGs are decoded no larger than needed. split is "train" or
-    "test"; a folder has no test split. Raises UserError for what is missing, damaged or empty.
+    Named sets are read from root/<name>/ and downloaded there if missing. size (pixels) is the side
+    of drawn shapes, and limits the scale at which JPEGs are decoded. split is "train" or "test"; a
+    folder has one split. Raise UserError for what is missing, damaged or empty.
     """
     if name == "shapes":
         first, n = (0, 20000) if split == "train" else (20000, 4000)
-        return Data(name, np.arange(first, first + n) % len(SHAPES), SHAPES, lambda i: draw_shape(first + i, size),
-                    f"shapes-{first}-{n}")
+        labels = np.arange(n) % len(SHAPES)
+        return Data(name, labels, SHAPES, lambda i: draw_shape(first + i, size), f"shapes-{first}")
     if name in IDX:
-        source, classes, files = IDX[name]
-        images, labels = (read_idx(download(source, Path(root, name, f), digest)) for f, digest in files.items()
-                          if f.startswith("train" if split == "train" else "t10k"))
-        if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max(initial=0) >= len(classes):
-            raise UserError(f"{Path(root, name)}: images {images.shape} and labels {labels.shape} do not match")
+        url, classes, files = IDX[name]
+        arrays = []
+        for file, digest in files.items():
+            if file.startswith("train" if split == "train" else "t10k"):
+                arrays.append(read_idx(find_or_download(url, Path(root, name, file), digest)))
+        images, labels = arrays
+        if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max() >= len(classes):
+            raise UserError(f"{Path(root, name)}: {images.shape} images, {labels.shape} labels")
     elif name == "cifar10":
-        source, file, digest = CIFAR10_FILE
-        images, labels = read_cifar10(download(source, Path(root, name, file), digest), split)
+        url, file, digest = CIFAR10_FILE
+        images, labels = read_cifar10(find_or_download(url, Path(root, name, file), digest), split)
         classes = CIFAR10
     else:
         return load_folder(Path(name), size)
     key = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:12]
-    return Data(name, labels.astype(np.int64), classes, lambda i: Image.fromarray(images[i]).convert("RGB"), key)
+
+    def open_image(i):
+        return Image.fromarray(images[i]).convert("RGB")
+
+    return Data(name, labels.astype(np.int64), classes, open_image, key)
 
 
-def download(source, path, digest, hint="or name another folder with --data-root"):
-    """`path`, fetched from source/<its name> if it is not there; kept only if its SHA-256 starts with `digest`. What
-    was fetched when the line broke stays beside it; the next attempt goes on there. hint: what else the user can do."""
-    plain = path.with_suffix("") if path.suffix == ".gz" and path.with_suffix("").suffix != ".tar" else path
+def find_or_download(url, path, digest):
+    """Return the path of a named set's file, or of its unpacked form, downloaded if it is missing.
+    """
+    if not path.exists() and path.with_suffix("").exists():
+        return path.with_suffix("")
+    return download(url + path.name, path, digest, "or name another folder with --data-root")
+
+
+def download(url, path, digest="", hint=""):
+    """Return `path`, downloaded from the URL if it is missing, and kept only if its SHA-256 begins
+    with `digest`.
+
+    Raise UserError if it cannot be had; hint says what else the user can do.
+    """
     with rank_zero_first():
-        if not path.exists() and plain.exists():
-            return plain
-        if not path.exists():
-            part = path.with_name(path.name + ".part")
-            try:
-                with locked(path.with_name(f".{path.name}.lock"), wait=True):
-                    if path.exists():  # another process had the lock, and fetched it
-                        return path
-                    print(f"downloading {source}{path.name} to {path}")
-                    if not digest:  # nothing would tell whether old and new pieces fit
-                        part.unlink(missing_ok=True)
-                    fetch(source + path.name, part)
-                    if not (found := file_digest(part, hashlib.sha256())).startswith(digest or ""):
-                        part.unlink()
-                        raise OSError(f"what came has SHA-256 {found}")
-                    os.replace(part, path)
-            except (OSError, http.client.HTTPException) as error:
-                known = f" (SHA-256 {digest})" if digest else ""
-                raise UserError(f"cannot download {source}{path.name}: {error}; try again, or fetch it by other means"
-                                f" to {path}{known}, {hint}") from None
+        if path.exists():
+            return path
+        print(f"downloading {url} to {path}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), digest or None, sys.stderr.isatty())
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            raise UserError(f"cannot download {url}: {error}; try again, or fetch it by other means"
+                            f" to {path} (SHA-256 {digest or 'unknown'}), {hint}") from None
     return path
 
 
-def file_digest(path, digest):
-    """Hexadecimal digest of a file of any size."""
-    with open(path, "rb") as f:
-        while piece := f.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def fetch(url, part):
-    """The content of a URL into the file `part`, behind what is there already, if the server can do that."""
-    there = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
-    try:
-        answer = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and there:  # nothing is missing
-            return
-        raise
-    with answer, open(part, "ab" if answer.status == 206 else "wb") as f:
-        size = int(answer.headers.get("Content-Length") or 0)
-        bar = tqdm(total=f.tell() + size or None, initial=f.tell(), unit="B", unit_scale=True, mininterval=1.0,
-                   disable=not sys.stderr.isatty())
-        while piece := answer.read(1 << 20):
-            f.write(piece)
-            bar.update(len(piece))
-            size -= len(piece)
-        bar.close()
-    if size > 0:
-        raise OSError(f"the line broke, {size} bytes are missing")
-
-
 def read_idx(path):
-    """The array in an IDX file, gzipped or not: two zero bytes, type 8 (uint8), dimensions, sizes, values."""
+    """Return the array in an IDX file, gzipped or not: zero, zero, type 8, dimensions, sizes,
+    values."""
+    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-            head = f.read(4)
-            head += f.read(4 * head[3]) if len(head) == 4 else b""
-            sizes = np.frombuffer(head, ">i4", (len(head) - 4) // 4, 4).tolist() if len(head) > 4 else []
-            raw = head + f.read(min(math.prod(max(n, 0) for n in sizes), 1 << 30) + 1)  # no more than it promises
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and it is downloaded again") from None
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
-        raise UserError(f"{path} is not an IDX file of bytes: it starts with {raw[:4].hex() or 'nothing'}")
-    shape = np.frombuffer(raw, ">i4", raw[3], 4).tolist()
-    if not 0 < len(shape) <= 4 or min(shape) < 1 or len(raw) != 4 + 4 * raw[3] + math.prod(shape):
-        raise UserError(f"{path} is damaged: {len(raw)} bytes do not hold the {'x'.join(map(str, shape))} values that"
-                        " its header promises; delete it and it is downloaded again")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+        with opener(path, "rb") as f:
+            raw = f.read(1 << 30)
+        if raw[:3] != b"\0\0\x08":
+            raise ValueError("not an IDX file of bytes")
+        shape = np.frombuffer(raw, ">i4", raw[3], 4)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape.clip(1))
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to download it again") from None
 
 
 def read_cifar10(path, split):
-    """Images (n, 32, 32, 3) and labels (n,) from the binary version's archive, read without unpacking it."""
+    """Return images (n, 32, 32, 3) and labels (n,) from the archive of the binary version."""
+    names = [f"data_batch_{k}.bin" for k in range(1, 6)] if split == "train" else ["test_batch.bin"]
     records = []
-    try:
+    with untrusted(path, "not the binary CIFAR-10 archive, or damaged; delete it"):
         with tarfile.open(path) as archive:
-            for name in [f"data_batch_{k}.bin" for k in range(1, 6)] if split == "train" else ["test_batch.bin"]:
-                member = archive.getmember(f"cifar-10-batches-bin/{name}")
-                if not member.isreg() or member.size > 10_000 * 3073:
-                    raise ValueError(f"{name} is no file of at most 10,000 records")
-                raw = np.frombuffer(archive.extractfile(member).read(), np.uint8)
-                records.append(raw.reshape(-1, 3073))  # a label, then 1024 red, green and blue values
-    except (OSError, EOFError, KeyError, ValueError, RuntimeError, tarfile.TarError, zlib.error,
-            lzma.LZMAError) as error:
-        raise UserError(f"{path} is not the binary CIFAR-10 archive, or damaged ({error}); delete it") from None
-    records = np.concatenate(records)
-    if not len(records) or records[:, 0].max() > 9:
-        raise UserError(f"{path} does not hold CIFAR-10 records")
-    return np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), records[:, 0]
+            for name in names:
+                raw = archive.extractfile(f"cifar-10-batches-bin/{name}").read(10_000 * 3073)
+                records.append(np.frombuffer(raw, np.uint8).reshape(-1, 3073))
+        records = np.concatenate(records)  # each a label, then 1024 red, green and blue values
+        if records[:, 0].max() > 9:
+            raise ValueError("a label above 9")
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), records[:, 0]
 
 
-@functools.cache
-def endings():
-    """Of the files that are pictures."""
-    formats = picture_formats()
-    return {ending for ending, kind in Image.EXTENSION.items() if kind in formats}
+def picture_files(folder):
+    """Return the picture files below a folder, sorted, and the number of other files.
 
-
-@functools.cache
-def picture_formats():
-    """What Pillow reads by itself: an EPS is a program, which it gives to Ghostscript."""
-    Image.init()
-    return [kind for kind in Image.OPEN if kind not in ("EPS", "WMF")]
-
-
-def open_picture(path, size=0):
-    """A picture file, of any ending. Raises one of UNREADABLE; also for one that is so narrow that it would be giant
-    when its shorter side has `size` pixels."""
-    image = Image.open(path, formats=picture_formats())
-    width, height = image.size
-    if min(image.size) < 1 or max(image.size) * size * size / min(image.size) > 2**26:
-        image.close()
-        raise Image.DecompressionBombError(f"{width} x {height} pixels")
-    return image
-
-
-def printable(path):
-    """A path whose name may be no text, as text."""
-    return os.fsencode(path).decode(errors="replace")
-
-
-def listing(path):
-    """The pictures of a folder of class folders, whose naturally sorted names are the classes, or of a flat one, a
-    single class: names (relative to the folder), labels, classes. Raises UserError if there are none."""
-    def natural(p):  # class 2 before class 10
-        return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", p.name)]
-
-    folders = sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=natural) or [path]
-    names, labels, classes = [], [], []
-    for folder in folders:
-        found = sorted(os.path.relpath(os.path.join(at, f), path) for at, _, files in os.walk(folder) for f in files
-                       if os.path.splitext(f)[1].lower() in endings() and not f.startswith(".")
-                       and (os.path.isfile(os.path.join(at, f)) or not os.path.exists(os.path.join(at, f))))  # no pipes
-        if not found:
-            print(f"{printable(folder)}: no pictures; left out")
+    Links are followed, each folder is visited once, and hidden files are left out.
+    """
+    pictures = []
+    others = 0
+    visited = set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        target = os.path.realpath(at)
+        if target in visited:  # a loop of links
+            folders.clear()
             continue
-        names += found
-        labels += [len(classes)] * len(found)
-        classes.append(folder.name)
-    if not names:
-        raise UserError(f"{path}: no file that Pillow reads, here or in the sub-folders")
-    return names, labels, classes
+        visited.add(target)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = Path(at, name)
+            if name.startswith(".") or path.exists() and not path.is_file():
+                continue
+            if path.suffix.lower() in ENDINGS:
+                pictures.append(path)
+            else:
+                others += 1
+    return sorted(pictures), others
 
 
 def load_folder(path, size):
-    """A folder of pictures, see listing."""
+    """Return the Data of a folder with a sub-folder per class (naturally sorted), or of a flat
+    folder: one class.
+
+    What is left out is said. Raise UserError for a folder without pictures, and for one that has
+    pictures both at its top and in sub-folders, which could mean either.
+    """
     if not path.is_dir():
-        raise UserError(f"--data {path}: no such folder, and not one of shapes, {', '.join(IDX)}, cifar10")
-    names, labels, classes = listing(path)
-    names, labels = np.array([os.fsencode(n) for n in names]), np.array(labels)
-    broken = set()
+        raise UserError(f"--data {path}: no such folder, nor shapes, {', '.join(IDX)}, cifar10")
 
-    def read_picture(i):
-        file = path / os.fsdecode(names[i])
-        try:
-            with open_picture(file, size) as image:
-                image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at the smallest scale that is still larger
-                return rgb(image)
-        except UNREADABLE as error:
-            if i not in broken:
-                broken.add(i)
-                tqdm.write(f"skipped broken file {printable(file)} ({len(broken)} so far): {error}")
-        others = [j for j in np.flatnonzero(labels == labels[i]) if j not in broken]
-        if not others:
-            raise UserError(f"{path / classes[labels[i]]}: no readable picture in this class")
-        return read_picture(others[i % len(others)])  # another one of its class takes its place
+    def natural(folder):  # class 2 before class 10
+        parts = re.split(r"(\d+)", folder.name)
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
-    stamp = str([(n, os.lstat(path / os.fsdecode(n)).st_size) for n in names]).encode()
-    return Data(path.resolve().name, labels, classes, read_picture, hashlib.sha256(stamp).hexdigest()[:12])
+    entries = [p for p in sorted(path.iterdir()) if p.name[0] != "."]
+    folders = sorted([p for p in entries if p.is_dir()], key=natural)
+    # A broken link is a broken file. A pipe is no file.
+    top = [p for p in entries if p.suffix.lower() in ENDINGS and (p.is_file() or not p.exists())]
+    files, labels, classes = [], [], []
+    for folder in folders:
+        pictures, others = picture_files(folder)
+        if others or not pictures:
+            print(f"{folder}: {len(pictures)} pictures, {others} other files are left out")
+        if pictures:
+            files += pictures
+            labels += [len(classes)] * len(pictures)
+            classes.append(folder.name)
+    if top and files:
+        raise UserError(f"{path} has {len(top)} pictures at its top, {len(files)} in sub-folders:"
+                        " keep either the sub-folders, one for each class, or the pictures")
+    if top:
+        files, labels, classes = top, [0] * len(top), [path.resolve().name]
+    if not files:
+        raise UserError(f"{path}: no picture ({', '.join(ENDINGS)}) here or in its sub-folders")
+
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat() if file.exists() else None  # of the target, if it is a link
+        version = (stat.st_size, stat.st_mtime_ns) if stat else ()
+        digest.update(f"{file.relative_to(path)} {version}\n".encode(errors="surrogateescape"))
+
+    def open_file(i):
+        return open_picture(files[i], size)
+
+    key = digest.hexdigest()[:12]
+    return Data(path.resolve().name, np.array(labels), classes, open_file, key, files)
+
+
+def open_picture(path, size=0):
+    """Return a picture file as RGB, upright. JPEGs are decoded at the smallest scale above 2
+    `size`.
+
+    Raise one of UNREADABLE, also for a picture so narrow that it would be giant at a shorter side
+    of `size` pixels.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        longer, shorter = max(image.size), min(image.size)
+        if shorter < 1 or longer * size * size / shorter > 2**26:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        if size:
+            image.draft("RGB", (2 * size, 2 * size))
+        return rgb(ImageOps.exif_transpose(image))
 
 
 def rgb(image):
-    """Any mode that Pillow reads, as RGB: alpha over white, 16 bits to 8."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    """Return a picture of any mode as RGB: transparency over white, deep pictures scaled to 8 bits.
+
+    The white of a deep picture is the smallest of 1 (floating point), 255, 4095 (12 bits) and 65535
+    (16 bits) that none of its values exceeds. Raise ValueError if there is none.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, np.float64)
+        whites = [1, 255, 4095, 65535] if image.mode == "F" else [255, 4095, 65535]
+        white = next((white for white in whites if values.max() <= white), None)
+        if white is None or not np.isfinite(values).all():
+            raise ValueError(f"values up to {values.max():g} have no known white")
+        values = (values.clip(0) * (255 / white)).round()
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
 
 
+def load_picture(path, size):
+    """Return the centre of a picture file as uint8 (3, size, size). Raise UserError if it is
+    unreadable."""
+    try:
+        return from_pil(centre_crop(open_picture(path, size), size))
+    except UNREADABLE as error:
+        raise UserError(f"cannot read {path} as a picture: {error}") from None
+
+
 def shrink(image, side):
-    """The shorter side becomes `side`: halved by a box filter while twice too large, then bicubic (as ADM does)."""
+    """Resize a picture so that its shorter side is `side`: box filters while twice too large, then
+    bicubic."""
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     ratio = side / min(image.size)
-    return image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
+    new_size = (round(image.width * ratio), round(image.height * ratio))
+    return image.resize(new_size, Image.Resampling.BICUBIC)
 
 
 def cut(image, size, left, top):
-    """A square of `size` pixels."""
+    """Return the square of `size` pixels whose upper left corner is given."""
     return image.crop((left, top, left + size, top + size))
 
 
-def centre_crop(image, size, rng=None):
-    """The centre square, by ADM's rule."""
+def mirror(image):
+    """Exchange left and right."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def centre_crop(image, size):
+    """Return the centre square at `size` pixels, by the rule of ADM (Dhariwal and Nichol, 2021)."""
     image = shrink(image, size)
     return cut(image, size, (image.width - size) // 2, (image.height - size) // 2)
 
 
-def random_crop(image, size, rng):
-    """A square of the shorter side at a random place, resized (TransDiff)."""
-    side = min(image.size)
-    image = cut(image, side, rng.integers(image.width - side + 1), rng.integers(image.height - side + 1))
-    return image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def random_crop_mirror(image, size, rng):
-    """random_crop, mirrored every other time."""
-    return mirror(random_crop(image, size, rng)) if rng.random() < 0.5 else random_crop(image, size, rng)
-
-
-def mirror(image):
-    """Left and right exchanged."""
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-
-
-def centre_only(image, size):
-    """Views for the cache: the centre crop."""
+def centre(image, size, rng):
+    """Views: the centre crop."""
     return [centre_crop(image, size)]
 
 
-def centre_and_mirror(image, size):
-    """Views for the cache: the centre crop and its mirror image (TransDiff)."""
-    return [centre_crop(image, size), mirror(centre_crop(image, size))]
+def centre_and_mirror(image, size, rng):
+    """Views: the centre crop and its mirror image."""
+    image = centre_crop(image, size)
+    return [image, mirror(image)]
 
 
-def ten_crops(image, size):
-    """Four corners and the centre of the picture at 1.1 times the size, and their mirror images (D-AR's AR stage)."""
-    image = centre_crop(image, int(size * 1.1))
-    far = image.width - size
-    five = [cut(image, size, x, y) for x, y in ((0, 0), (far, 0), (0, far), (far, far), (far // 2, far // 2))]
-    return five + [mirror(crop) for crop in five]
+def random_square(image, size, rng):
+    """Views: a square of the shorter side at a random place, resized."""
+    side = min(image.size)
+    left = rng.integers(image.width - side + 1)
+    top = rng.integers(image.height - side + 1)
+    return [cut(image, side, left, top).resize((size, size), Image.Resampling.BICUBIC)]
 
 
-def one_of_ten_crops(image, size, rng):
-    """One of ten_crops."""
-    return ten_crops(image, size)[rng.integers(10)]
+def random_square_and_mirror(image, size, rng):
+    """Views: random_square and its mirror image."""
+    square = random_square(image, size, rng)[0]
+    return [square, mirror(square)]
 
 
-def random_scale_crop(image, size, rng):
-    """A square of `size` at a random place of the picture at 1 to 1.25 times that size, mirrored every other time
-    (D-AR's tokenizer)."""
-    image = shrink(image, int(rng.integers(size, math.ceil(size / 0.8) + 1)))
-    image = cut(image, size, rng.integers(image.width - size + 1), rng.integers(image.height - size + 1))
-    return mirror(image) if rng.random() < 0.5 else image
+def polar(angles, radii):
+    """Return points (n, 2) at these angles, in turns clockwise from the top, and radii."""
+    angles = 2 * math.pi * np.asarray(angles)
+    return np.stack([np.sin(angles), -np.cos(angles)], 1) * np.resize(radii, len(angles))[:, None]
+
+
+TURN = np.arange(90) / 90
+DISC = polar(TURN, 0.85)
+ARMS = (np.arange(4)[:, None] + [-0.22, 0.22, 0.5]).flatten() / 4
+PETALS = 0.45 + 0.45 * np.abs(np.cos(6 * np.pi * TURN)) ** 0.5
+HEART = np.stack([0.9 * np.sin(2 * np.pi * TURN) ** 3, np.cos(6 * np.pi * TURN) / 9 - 0.1
+                  + np.cos(4 * np.pi * TURN) / 3.5 - np.cos(2 * np.pi * TURN) / 1.35], 1)
+OUTLINES = [  # of SHAPES: outline and hole
+    (DISC, []), (DISC, 0.5 * DISC), (polar(np.arange(4) / 4 + 1 / 8, 1.1), []),
+    (polar(np.arange(3) / 3, 1.05) + [0, 0.2], []), (polar(np.arange(4) / 4, [1, 0.62]), []),
+    (polar(np.arange(10) / 10, [1, 0.42]), []), (HEART, []), (polar(ARMS, [0.95, 0.95, 0.42]), []),
+    (DISC, 0.85 * DISC + [0.4, -0.1]), (polar(TURN, PETALS), [])]
 
 
 def draw_shape(index, size):
-    """Picture `index` of the data set `shapes`: class index % 10, anti-aliased and shaded, on a varied ground.
-
-    Everything follows from a signed distance d(x, y): negative inside the shape, in units of half the picture.
-    """
+    """Return picture `index` of `shapes`: class index % 10, shaded, with a shadow on a varied
+    ground."""
     rng = np.random.default_rng((20, index))
-    kind = SHAPES[index % len(SHAPES)]
-    axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
-    x, y = np.meshgrid(axis, axis)
+    turn = rng.uniform(-0.15, 0.15)
+    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    scale = rng.uniform(0.72, 0.82)
+    shift = rng.uniform(-0.06, 0.06, 2)
+    fine = Image.new("L", (4 * size, 4 * size))  # four times as fine, so that edges are smooth
+    for points, value in zip(OUTLINES[index % len(SHAPES)], (255, 0)):
+        if len(points):
+            corners = (scale * points @ rotation + shift + 1) * (2 * size)
+            ImageDraw.Draw(fine).polygon(corners.flatten().tolist(), fill=value)
+    mask = fine.resize((size, size), Image.Resampling.BOX)
+    shadow = ImageChops.offset(mask, size // 16).filter(ImageFilter.GaussianBlur(size / 24))
+    light = Image.linear_gradient("L").resize((size, size))  # from above
 
-    def colour(hue, saturation, value):
-        rise = np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1
-        return value * (1 - saturation * (1 - rise.clip(0, 1)))
+    def shaded(hue, saturation, value):
+        shades = []
+        for share in (0.7, 1):
+            colour = f"hsv({hue % 360:.0f}, {saturation:.0f}%, {share * value:.0f}%)"
+            shades.append(Image.new("RGB", (size, size), colour))
+        return Image.composite(*shades, light)
 
-    def mix(a, b, share):  # colours or pictures a and b; share (size, size) of b
-        return a + (b - a) * share[..., None]
-
-    hue, turn, light = rng.random(), rng.uniform(-0.15, 0.15), -2.2  # the light comes from the upper left
-    scale, at = rng.uniform(0.72, 0.82), rng.uniform(-0.06, 0.06, 2)
-    ground = colour((hue + rng.uniform(0.35, 0.65)) % 1, rng.uniform(0.1, 0.4), rng.uniform(0.8, 1))
-    along = np.cos(light) * x + np.sin(light) * y
-    picture = mix(ground * rng.uniform(0.55, 0.8), ground, (along + 1.4) / 2.8)
-
-    def distance(dx=0.0, dy=0.0):
-        u, v = (x - at[0] - dx) / scale, (y - at[1] - dy) / scale
-        u, v = np.cos(turn) * u + np.sin(turn) * v, np.cos(turn) * v - np.sin(turn) * u
-        return scale * signed_distance(kind, u, v)
-
-    shadow = (0.5 - distance(-0.09 * np.cos(light), -0.09 * np.sin(light)) / 0.16).clip(0, 1)  # away from the light
-    picture = picture * (1 - 0.4 * shadow)[..., None]
-    d = distance()
-    bright = 0.5 + 0.5 * ((x - at[0]) * np.cos(light) + (y - at[1]) * np.sin(light)) / scale
-    deep, pale = colour(hue, 0.9, rng.uniform(0.5, 0.7)), colour(hue, rng.uniform(0.5, 0.75), 1.0)
-    surface = mix(deep, pale, bright.clip(0, 1)) * (0.8 + 0.2 * (-d / 0.12).clip(0, 1))[..., None]  # darker rim
-    picture = mix(picture, surface, (0.5 - d * size / 2).clip(0, 1))
-    return Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
-
-
-def signed_distance(kind, u, v):
-    """Distance of the points (u, v) to the outline of a shape of about unit radius, negative inside; v points down."""
-    def disc(x, y, r):
-        return np.hypot(u - x, v - y) - r
-
-    def box(a, b):
-        p, q = np.abs(u) - a, np.abs(v) - b
-        return np.hypot(p.clip(0), q.clip(0)) + np.maximum(p, q).clip(None, 0)
-
-    def polygon(points):
-        d, inside = np.full_like(u, np.inf), np.zeros(u.shape, bool)
-        for (ax, ay), (bx, by) in zip(points, np.roll(points, 1, 0)):
-            ex, ey, wx, wy = bx - ax, by - ay, u - ax, v - ay
-            t = ((wx * ex + wy * ey) / (ex * ex + ey * ey)).clip(0, 1)
-            d = np.minimum(d, np.hypot(wx - ex * t, wy - ey * t))
-            if ay != by:  # crossings of a ray to the right
-                inside ^= ((v >= ay) != (v >= by)) & (u < ax + (v - ay) * ex / ey)
-        return np.where(inside, -d, d)
-
-    def corners(n, radii, start=-math.pi / 2):
-        angle = start + np.arange(n) * 2 * math.pi / n
-        return np.stack([np.cos(angle), np.sin(angle)], 1) * np.resize(radii, n)[:, None]
-
-    if kind == "circle":
-        return disc(0, 0, 0.92)
-    if kind == "ring":
-        return np.abs(disc(0, 0, 0.72)) - 0.22
-    if kind == "square":
-        return box(0.78, 0.78)
-    if kind == "triangle":
-        return polygon(corners(3, 1.05) + [0, 0.2])
-    if kind == "diamond":
-        return polygon(corners(4, [1.1, 0.68]))
-    if kind == "star":
-        return polygon(corners(10, [1.08, 0.45]))
-    if kind == "heart":  # a square on its corner and two discs on its upper sides
-        return np.minimum(polygon(corners(4, 0.85) + [0, 0.12]), np.minimum(disc(-0.425, -0.305, 0.601),
-                                                                             disc(0.425, -0.305, 0.601)))
-    if kind == "cross":
-        return np.minimum(box(0.95, 0.33), box(0.33, 0.95))
-    if kind == "crescent":
-        return np.maximum(disc(0, 0, 0.98), -disc(0.42, -0.1, 0.78))
-    petals = [disc(*(0.66 * p), 0.36) for p in corners(6, 1.0)]  # flower
-    return functools.reduce(np.minimum, petals, disc(0, 0, 0.5))
+    hue = rng.uniform(0, 360)
+    ground = shaded(hue + rng.uniform(120, 240), rng.uniform(10, 40), rng.uniform(80, 100))
+    ground = Image.composite(ImageEnhance.Brightness(ground).enhance(0.6), ground, shadow)
+    return Image.composite(shaded(hue, rng.uniform(60, 90), rng.uniform(80, 100)), ground, mask)
 
 
 class Order:
-    """Which images make which micro-batch of a run: an endless row of shuffled epochs, cut into pieces.
+    """The order in which a run sees its samples: an endless row of shuffled epochs.
 
-    order(k) is micro-batch k of the whole run, over all ranks and steps: a list of (epoch, images), where `images`
-    are `group` images of one class. It depends on (seed, k) alone: resuming and re-sharding keep it. Places in the row
-    are moved on by `shift` where a run goes on with another batch size.
+    order[place] is (epoch, indices), where `indices` are `group` images of one class. It depends on
+    the seed alone: a run resumes at the number of samples it has seen, with any batch size and any
+    number of ranks.
     """
 
-    def __init__(self, labels, batch, group=1, seed=0):
-        self.labels, self.batch, self.group, self.seed, self.shift = labels, batch, group, seed, 0
+    def __init__(self, labels, group=1, seed=0):
+        self.labels = labels
+        self.group = group
+        self.seed = seed
         self.epoch = functools.lru_cache(2)(self.shuffled)
-        self.length = len(self.shuffled(0))  # samples per epoch
+        self.length = len(self.epoch(0))  # samples per epoch
 
     def shuffled(self, epoch):
-        """Indices (n, group) of one epoch. A class that does not divide into groups repeats some of its images."""
+        """Return the indices (n, group) of one epoch. Small classes repeat some of their images."""
         rng = np.random.default_rng((self.seed, epoch))
         if self.group == 1:
             return rng.permutation(len(self.labels))[:, None]
-        members = [rng.permutation(np.flatnonzero(self.labels == c)) for c in np.unique(self.labels)]
-        groups = [np.resize(m, (math.ceil(len(m) / self.group), self.group)) for m in members]
+        groups = []
+        for label in np.unique(self.labels):
+            members = rng.permutation(np.flatnonzero(self.labels == label))
+            rows = math.ceil(len(members) / self.group)
+            groups.append(np.resize(members, (rows, self.group)))
         return rng.permutation(np.concatenate(groups))
 
-    def __call__(self, k):
-        begin = k * self.batch + self.shift
-        places = (divmod(p, self.length) for p in range(begin, begin + self.batch))
-        return [(e, self.epoch(e)[offset]) for e, offset in places]
+    def __getitem__(self, place):
+        epoch, offset = divmod(place, self.length)
+        return epoch, self.epoch(epoch)[offset]
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Augmented images as uint8 (3, h, w), or (group, 3, h, w), with their label; indexed by Order's pairs."""
+@dataclass
+class Samples(torch.utils.data.Dataset):
+    """Training samples, indexed by the entries of an Order: a view of each image, drawn at random.
 
-    def __init__(self, data, size, augment, seed=0):
-        self.data, self.size, self.augment, self.seed = data, size, augment, seed
+    Without a cache a view is a picture, uint8 (3, h, w). A cache has what a first stage made of all
+    views of the images. A sample of several images has one more dimension in front. Each comes with
+    its label.
+    """
+    data: Data
+    size: int
+    views: Callable
+    seed: int = 0
+    cache: "Cache" = None
+
+    def view(self, epoch, index):
+        """Return one view of image `index`."""
+        rng = np.random.default_rng((self.seed, epoch, index))
+        if self.cache is not None:
+            views = self.cache[index]
+            return torch.from_numpy(np.array(views[rng.integers(len(views))]))
+        views = self.views(self.data.read(index), self.size, rng)
+        return from_pil(views[rng.integers(len(views))])
 
     def __getitem__(self, item):
         epoch, indices = item
-        stack = torch.stack([from_pil(self.augment(self.data.read(i), self.size,
-                                                   np.random.default_rng((self.seed, epoch, i)))) for i in indices])
-        return stack if len(indices) > 1 else stack[0], int(self.data.labels[indices[0]])
+        sample = torch.stack([self.view(epoch, index) for index in indices])
+        return sample if len(indices) > 1 else sample[0], int(self.data.labels[indices[0]])
 
 
-class Rows:
-    """A memory-mapped array on disk whose rows are filled once, by several ranks, over several runs if need be.
+class Cache:
+    """Arrays on disk, a file for each chunk of images, that are written once by any number of ranks
+    and runs.
 
-    A folder with rows.npy, done.npy (which rows are there) and header.json (`about`: what they are). Opening it with
-    another `about`, shape or type raises UserError.
+    The folder's name identifies what the arrays are, and a file appears whole. cache[i] is the
+    memory-mapped array of image i.
     """
 
-    def __init__(self, folder, shape, dtype, about):
-        folder = Path(folder)
-        header = {"shape": list(shape), "dtype": np.dtype(dtype).name, **about}
-        with rank_zero_first(), locked(folder / ".lock", wait=True):  # runs that start together may share a cache
-            if not (folder / "header.json").exists():
-                for name, form, kind in (("rows", shape, dtype), ("done", shape[:1], bool)):
-                    array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, tuple(form))
-                    if hasattr(os, "posix_fallocate"):  # a full disk says so now, not by a crash in the middle
-                        with open(folder / f"{name}.npy", "r+b") as f:
-                            os.posix_fallocate(f.fileno(), 0, array.offset + array.nbytes)
-                with atomic(folder / "header.json") as f:
-                    f.write(json.dumps(header).encode())
-        try:
-            found = dict(json.loads((folder / "header.json").read_text()))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{folder / 'header.json'} is damaged ({error}); delete {folder} to start anew") from None
-        if found != header:
-            differ = [k for k in {*found, *header} if found.get(k) != header.get(k)]
-            raise UserError(f"{folder} was begun with other settings ({', '.join(differ)}); delete it to start anew")
-        with foreign(folder, "damaged; delete it to start anew"):
-            self.rows, self.done = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("rows", "done"))
-            if [(a.shape, a.dtype) for a in (self.rows, self.done)] != [(tuple(shape), np.dtype(dtype)),
-                                                                        (tuple(shape[:1]), np.dtype(bool))]:
-                raise ValueError("another shape or type than its header says")
+    def __init__(self, folder, n, chunk):
+        self.folder = Path(folder)
+        self.chunk = chunk
+        self.chunks = [range(start, min(start + chunk, n)) for start in range(0, n, chunk)]
+        self.maps = {}
 
-    def todo(self, rank, world):
-        """The rows of this rank's share that are not there yet."""
-        return [int(i) for i in np.array_split(np.arange(len(self.done)), world)[rank] if not self.done[i]]
+    def file(self, indices):
+        """Return the path of a chunk."""
+        return self.folder / f"{indices[0]:08d}.npy"
 
-    def write(self, indices, values):
-        """Stores rows, and only when they are on disk says that they are."""
-        self.rows[indices] = values
-        self.rows.flush()
-        self.done[indices] = True
-        self.done.flush()
+    def missing(self, rank=0, world=1):
+        """Return the chunks of this rank's share that are not there."""
+        return [indices for indices in self.chunks[rank::world] if not self.file(indices).exists()]
+
+    def write(self, indices, array):
+        """Store a chunk."""
+        with atomic(self.file(indices)) as f:
+            np.save(f, array)
+
+    def __getitem__(self, index):
+        k = index // self.chunk
+        with untrusted(self.file(self.chunks[k]), "damaged; delete it"):
+            if k not in self.maps:
+                self.maps[k] = np.load(self.file(self.chunks[k]), mmap_mode="r")
+            return self.maps[k][index % self.chunk]
 
 
-class Stored(torch.utils.data.Dataset):
-    """What a first stage made of the views of each image, one view at random; indexed by Order's pairs."""
+@dataclass
+class AllViews(torch.utils.data.Dataset):
+    """All views of each image, uint8 (views, 3, h, w)."""
+    data: Data
+    size: int
+    views: Callable
 
-    def __init__(self, rows, labels, seed=0):
-        self.rows, self.labels, self.seed = rows, labels, seed
-
-    def __getitem__(self, item):
-        epoch, indices = item
-        views = [np.random.default_rng((self.seed, epoch, i)).integers(self.rows.shape[1]) for i in indices]
-        stack = torch.from_numpy(np.stack([self.rows[i, view] for i, view in zip(indices, views)]))
-        return stack if len(indices) > 1 else stack[0], int(self.labels[indices[0]])
+    def __getitem__(self, index):
+        views = self.views(self.data.read(index), self.size, np.random.default_rng(index))
+        return torch.stack([from_pil(view) for view in views])
 
 
 @torch.no_grad()
-def cached(folder, data, size, first, views, workers=0):
-    """The memory-mapped array (n, views, ...) of first.encode(view) for each view of each image, built if missing.
+def cached(folder, data, size, first_stage, views, workers=0):
+    """Return the Cache of the first stage's encoding of every view of every image, (views, ...) for
+    each.
 
-    Keyed by data set, image size, first-stage weights and views; building is shared by the ranks and goes on where it
-    was interrupted.
+    Its name comes from the data, the size, the first stage's weights and the views. Ranks share the
+    work, and what an interrupted run has stored is kept.
     """
-    device = next(first.parameters()).device
+    device = next(first_stage.parameters()).device
     rank, world = ranks()
-    sample = views(data.read(0), size)
-    shape = first.encode(to_float(torch.stack([from_pil(v) for v in sample]).to(device))).cpu().numpy()
-    about = {"data": data.name, "key": data.key, "size": size, "weights": fingerprint(first), "views": views.__name__}
-    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
-    rows = Rows(Path(folder) / f"{data.name}-{size}-{digest}", (len(data.labels), *shape.shape), shape.dtype, about)
-    todo = rows.todo(rank, world)
-    loader = torch.utils.data.DataLoader(_Views(data, size, views), 64, sampler=todo, num_workers=workers)
-    bar = progress(len(todo), f"caching {data.name}", "img", rank)
-    for indices, pictures in loader:                                     # (b,), (b, V, 3, h, w)
-        encoded = first.encode(to_float(pictures.flatten(0, 1).to(device)))
-        rows.write(indices.numpy(), encoded.unflatten(0, pictures.shape[:2]).cpu().numpy())
+    about = json.dumps([data.key, size, fingerprint(first_stage), views.__name__])
+    name = f"{data.name}-{size}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+    cache = Cache(Path(folder, name), len(data.labels), 256)
+    missing = cache.missing(rank, world)
+    bar = progress(sum(map(len, missing)), f"caching {data.name}", "img", rank)
+    loader = torch.utils.data.DataLoader(AllViews(data, size, views), batch_sampler=missing,
+                                         num_workers=workers)
+    for indices, images in zip(missing, loader):                   # (b, views, 3, h, w)
+        stored = first_stage.encode(to_float(images.flatten(0, 1).to(device)))
+        cache.write(indices, stored.unflatten(0, images.shape[:2]).cpu().numpy())
         bar.update(len(indices))
     bar.close()
     if world > 1:
         dist.barrier()
-    if not rows.done.all():
-        raise UserError(f"{folder}: the other ranks' share is not here; --cache names a folder that all machines share")
-    return rows.rows
+    if cache.missing():
+        raise UserError(f"{folder} lacks other ranks' files: --cache needs a folder that all share")
+    return cache
 
 
-class _Views(torch.utils.data.Dataset):
-    def __init__(self, data, size, views):
-        self.data, self.size, self.views = data, size, views
-
-    def __getitem__(self, i):
-        return i, torch.stack([from_pil(view) for view in self.views(self.data.read(i), self.size)])
-
-
-# --- 3  Randomness ----------------------------------------------------------------------------------------------------
-
-def philox(counter, key):
-    """Philox4x32-10, a counter-based generator (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3").
-
-    counter (four tensors), key (two): words of 32 bits as int64, of shapes that broadcast. Returns four words of random
-    bits for each counter, the same on every device.
-    """
-    (a, b, c, d), (k0, k1), low = counter, key, 0xFFFFFFFF
-    for _ in range(10):
-        p, q = a * 0xD2511F53, c * 0xCD9E8D57                       # 64 bits; int64 wraps around as unsigned numbers do
-        a, b, c, d = (q >> 32 & low) ^ b ^ k0, q & low, (p >> 32 & low) ^ d ^ k1, p & low
-        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-    return a, b, c, d
-
+# --- 4  Randomness --------------------------------------------------------------------------------
 
 class Noise:
-    """One random stream per image, so that an image does not depend on its batch, neighbours or number of GPUs.
+    """One random generator per image: image k of a seed never depends on its batch or on the ranks.
 
-    Noise.of(seed, indices): image k of seed s always has the same stream, on every device: its block n of four words
-    is Philox of the counter (n, k) under the key s. A device's logarithm and cosine may round a value's last bit.
+    The generators are on the CPU, so that an image's noise is the same on every device.
     """
 
-    def __init__(self, seeds, device="cpu"):
-        words = [[int(s) >> 32 * i & 0xFFFFFFFF for s in seeds] for i in range(4)]
-        *self.index, low, high = torch.tensor(words, dtype=torch.long, device=device)[:, :, None]  # each (images, 1)
-        self.key = low, high
-        # Blocks of four words are made ahead: few small operations on a GPU, and what fits a core's cache on a CPU.
-        self.ahead = max(1, (1 << 14 if torch.device(device).type == "cpu" else 1 << 18) // max(1, len(low)))
-        self.block, self.ready = 0, low[:, :0]
-
-    @classmethod
-    def of(cls, seed, indices, device="cpu"):
-        """The streams of images `indices` of seed `seed`, each a number of 64 bits."""
-        return cls([(int(seed) << 64) + int(k) for k in indices], device)
-
-    def words(self, n):
-        """The next n words of 32 random bits of each stream, (images, n) int64."""
-        parts, missing = [self.ready], n - self.ready.shape[1]
-        while missing > 0:
-            blocks = torch.arange(self.block, self.block + self.ahead, device=self.ready.device)
-            made = philox((blocks & 0xFFFFFFFF, blocks >> 32, *self.index), self.key)
-            parts.append(torch.stack(made, -1).flatten(1))
-            self.block, missing = self.block + self.ahead, missing - 4 * self.ahead
-        words = torch.cat(parts, 1) if len(parts) > 1 else self.ready
-        self.ready = words[:, n:]
-        return words[:, :n]
+    def __init__(self, seed, indices, device="cpu"):
+        self.device = torch.device(device)
+        self.generators = []
+        for k in indices:
+            state = np.random.SeedSequence((seed, k)).generate_state(1, np.uint64)
+            self.generators.append(torch.Generator().manual_seed(int(state[0])))
 
     def normal(self, shape):
-        """Standard normal values (images, *shape) in float32, two from two words (Box and Muller, 1958)."""
-        n = math.prod(shape)
-        u, v = self.words(n + n % 2).unflatten(1, (-1, 2)).float().unbind(-1)
-        radius, angle = (-2 * (u * 2**-32 + 2**-33).log()).sqrt(), 2 * math.pi * 2**-32 * v
-        values = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
-        return values.flatten(1)[:, :n].unflatten(1, shape)
+        """Return standard normal values (images, *shape) in float32."""
+        return self.draw(torch.randn, shape)
 
     def uniform(self, shape):
-        """Uniform values in [0, 1) (images, *shape): multiples of 2^-24, exact in float32."""
-        return ((self.words(math.prod(shape)) >> 8).float() * 2**-24).unflatten(1, shape)
+        """Return uniform values in [0, 1), (images, *shape), in float32."""
+        return self.draw(torch.rand, shape)
+
+    def draw(self, function, shape):
+        """Return one draw of each generator, stacked, on the device."""
+        values = torch.stack([function(tuple(shape), generator=g) for g in self.generators])
+        if self.device.type == "cuda":
+            values = values.pin_memory()  # so that the copy does not hold up the host
+        return values.to(self.device, non_blocking=True)
 
 
 def compiled(step):
-    """The inner step of a sampler, compiled; on CUDA it is recorded as a graph, so that the host launches it at once.
+    """Compile the inner step of a sampler. On CUDA it is recorded as a graph, launched at once.
 
     The result is a copy: the next call writes into the graph's own memory.
     """
@@ -1000,159 +1164,139 @@ def compiled(step):
     return lambda *args: step(*args).clone()
 
 
-def zeros(kept, shape, like, dtype=None):
-    """Memory for keys and values, like this tensor. kept: None, or a dict in which it stays from one batch to the next,
-    for a recorded graph reads and writes at the places where it was recorded."""
-    if kept is None:
-        return like.new_zeros(shape, dtype=dtype)
-    if (key := (*shape, dtype, like.device)) not in kept:
-        kept.clear()  # of another batch size
-        kept[key] = like.new_zeros(shape, dtype=dtype)
-        torch._dynamo.mark_static_address(kept[key])
-    return kept[key]
+class KeyValueCache:
+    """Memory for the keys and values of each layer, kept from one batch to the next: a recorded
+    graph reads and writes at the addresses at which it was recorded."""
+
+    def __init__(self):
+        self.allocated = None
+        self.layers = []
+
+    def allocate(self, depth, shape, dtype, device):
+        """Return `depth` pairs (K, V) of zeros of this shape, at the old addresses if they fit."""
+        wanted = (depth, tuple(shape), dtype, device)
+        if wanted != self.allocated:
+            self.allocated = wanted
+            self.layers = []
+            for _ in range(depth):
+                keys = torch.empty(shape, dtype=dtype, device=device)
+                self.layers.append([keys, torch.empty_like(keys)])
+        for pair in self.layers:
+            torch._foreach_zero_(pair)
+            for tensor in pair:
+                torch._dynamo.mark_static_address(tensor)
+        return self.layers
 
 
-def guidance_scales(cfg, steps):
-    """One guidance scale per step from a number, or from a pair (first, last) that is joined linearly."""
-    return [float(g) for g in np.linspace(*cfg, steps)] if isinstance(cfg, tuple) else [float(cfg)] * steps
-
-
-# --- 4  Training state ------------------------------------------------------------------------------------------------
+# --- 5  Training state ----------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained: AdamW, linear warm-up from zero, constant, decay at the end."""
+    """How a stage is trained: AdamW, linear warm-up from zero, a constant rate, decay at the end.
+    """
     lr: float
     batch: int                        # samples per optimizer step, over all ranks and micro-batches
     epochs: float                     # length in passes over the data
     warmup: float = 0.0               # share of the run, 0 .. 1
     decay: float = 0.0                # share of the run, at its end
     final: float = 0.0                # learning rate at the end of the decay, as a share of lr
-    exponential: bool = False         # shape of the decay: linear, or exponential (then final is more than 0)
+    exponential: bool = False         # shape of the decay; exponential needs final above 0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.02
     clip: float = 3.0                 # largest gradient norm
     ema: float = 0.9999               # largest decay of the moving average of the weights
 
+    def __post_init__(self):
+        check(self, {"lr must be more than 0 and finite": 0 < self.lr < math.inf,
+                     "epochs must be more than 0 and finite": 0 < self.epochs < math.inf})
+
     def rate(self, step, steps):
-        """Learning rate of optimizer step `step` (0 .. steps - 1)."""
-        rising, falling = self.warmup * steps, self.decay * steps
+        """Return the learning rate of optimizer step `step`, 0 .. steps - 1."""
+        rising = self.warmup * steps
+        falling = self.decay * steps
         rate = self.lr * min(1, step / rising) if rising else self.lr
         left = min(1, (steps - step) / falling) if falling else 1
-        return rate * (self.final ** (1 - left) if self.exponential else self.final + (1 - self.final) * left)
+        if self.exponential:
+            return rate * self.final ** (1 - left)
+        return rate * (self.final + (1 - self.final) * left)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One thing that is trained: what it is built from, what it eats, and how."""
+    """One thing that is trained. What it does in its own way is a method of its module, used where
+    it exists:
+
+    decays(name, parameter)       whether weight decay acts on this parameter (default: on matrices)
+    carry(name, old, shape)       an old weight made to fit another shape, or None; enables --init
+    ready(config)                 called before the first step of a process
+    finish(images)                called with some images before the weights are written
+    first stages: encode(images) -> what is cached; codes(cached) -> a batch for the next stage;
+    reconstruct(images, noise, on_step=None) -> images
+    """
     name: str
-    build: Callable                            # config -> module; module(batch, labels) -> {"loss": ..., parts}
-    recipes: dict[str, Recipe]                 # by preset; a preset that is missing takes published weights
-    load: Callable | None = None               # path -> the frozen module, where published weights may be given
-    config: Callable = lambda config: config   # what this stage changes in the preset's config
-    first: str | None = None                   # the earlier, frozen stage whose codes it eats; None: it eats images
-    codes: Callable | None = None              # (first, stored codes) -> the module's batch
-    augment: Callable = lambda config: centre_crop          # config -> (image, size, rng) -> image
-    views: Callable | None = None              # config -> (image, size) -> the views of an image that are cached
-    group: Callable = lambda config: 1         # images of one class that make one sample
-    start: str | None = None                   # the earlier stage whose weights it goes on from
-    names: str = ""                            # the config's field that takes the classes' names, if it has one
-    carry: Callable | None = None              # (name, old, shape) -> tensor or None, for weights that change shape
-    decays: Callable = lambda name, p: p.ndim > 1           # does weight decay act on this parameter?
-    trains: Callable = lambda config, name: True            # is this parameter trained?
-    finish: Callable = lambda ema, images: None             # called with some images before the weights are written
-    ready: Callable = lambda module, config: None           # called before the first step of a process
-    preview: Callable | None = None            # (ema, first, images, labels, noise) -> pictures for the grid
+    build: Callable               # config -> module; module(batch, labels) -> {"loss": ..., parts}
+    recipes: dict[str, Recipe]    # by preset; a preset that is missing needs published weights
+    views: Callable               # config -> (image, size, rng) -> list of pictures, see Samples
+    first_stage: str = ""         # the frozen stage whose codes it is trained on; "": images
+    start: str = ""               # the stage whose weights it starts from
+    load: Callable | None = None  # path -> frozen module, where published weights may be given
+    adapt: Callable = lambda config: config  # the preset's config -> the config of this stage
 
 
-def vae_stage(augment):
-    """The stage that trains a KL-VAE, for the models whose first stage it is. Recipes: `tiny` alone, see load."""
-    def reconstructions(vae, first, images, labels, noise):
-        moments = vae.encode(images)                                                        # (B, 2z, h, w)
-        latents = vae.sample(moments, noise.normal(moments[0].chunk(2)[0].shape))
-        return torch.stack([images, vae.decode(latents)], 1).flatten(0, 1)                  # in turn
-
-    return Stage("vae", build=lambda c: KLVAE(c.vae), augment=augment, load=load_vae, preview=reconstructions,
-                 recipes={"tiny": Recipe(lr=3e-3, batch=16, epochs=0.8, warmup=0.03, decay=0.4, betas=(0.9, 0.99),
-                                         weight_decay=0.0, clip=1.0, ema=0.99)},
-                 finish=lambda vae, images: vae.calibrate(images))
+def vae_stage(views):
+    """Return the stage that trains a KL-VAE. Only `tiny` trains its own: see load_vae for the
+    others."""
+    recipe = Recipe(lr=3e-3, batch=16, epochs=0.8, warmup=0.03, decay=0.4, betas=(0.9, 0.99),
+                    weight_decay=0.0, clip=1.0, ema=0.99)
+    return Stage("vae", lambda config: KLVAE(config.vae), {"tiny": recipe}, views, load=load_vae)
 
 
-def same_kind_of_vae(model, vae):
-    """Raises UserError if the model was made for another kind of VAE."""
-    has, needs = (f"{c.channels} channels at f{c.factor}" for c in (vae.config, model.config.vae))
+def check_vae(model, vae):
+    """Raise UserError if the model was made for another kind of VAE."""
+    has = f"{vae.config.channels} channels at f{vae.config.factor}"
+    needs = f"{model.config.vae.channels} channels at f{model.config.vae.factor}"
     if has != needs:
         raise UserError(f"the VAE has {has}, the model needs {needs}")
 
 
-def distributed(device=None):
-    """(rank, world, device) of this process; joins torchrun's group where there is one. device: cpu, cuda, mps."""
-    torch.set_flush_denormal(True)  # numbers below 1e-38, as gradients come to have, make CPUs several times slower
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        device = "cpu" if device == "mps" and world > 1 else device
-    try:
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", local)
-        if device.type == "meta":
-            raise RuntimeError("has no memory")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        how = {"timeout": datetime.timedelta(minutes=60)}
-        if world == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
-            # With gloo, ranks that torchrun starts again find the addresses of the dead ones in its store (torch 2.13).
-            # On one machine the count of the attempts tells them apart; those of several machines may differ.
-            store = next(rendezvous("env://"))[0]
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            how |= {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": world}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **how)
-    return rank, world, device
-
-
 def ranks():
-    """(rank, world) of this process."""
+    """Return (rank, world) of this process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @contextlib.contextmanager
 def rank_zero_first():
-    """Rank 0 runs the block before the others do (it downloads or creates, they find it)."""
-    wait = dist.is_initialized() and dist.get_world_size() > 1
-    if wait and dist.get_rank() > 0:
+    """Let rank 0 run the block before the others: it downloads or creates what they find."""
+    rank, world = ranks()
+    if rank > 0:
         dist.barrier()
     yield
-    if wait and dist.get_rank() == 0:
+    if rank == 0 and world > 1:
         dist.barrier()
 
 
-def gather(x):
-    """The tensors (b, ...) of all ranks, one after another, on every rank; equal shapes."""
-    if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+def gather(value):
+    """Return the list of all ranks' values, which may be any objects, on every rank."""
+    values = [value] * ranks()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """Moves the averaged weights towards the model's, ema = decay * ema + (1 - decay) * model; copies buffers."""
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach().float() for p in model.parameters()], 1 - decay)
+    """Average parameters, ema = decay * ema + (1 - decay) * model, and copy buffers."""
+    new = [p.detach().float() for p in model.parameters()]
+    torch._foreach_lerp_(list(ema.parameters()), new, 1 - decay)
     for old, new in zip(ema.buffers(), model.buffers()):
         old.copy_(new)
 
 
 @contextlib.contextmanager
-def atomic(path, keep=False):
-    """A binary file to write; it takes the place of `path` when the block ends well, and leaves no trace if not.
+def atomic(path):
+    """Open a binary file that takes the place of `path` when the block ends without an error.
 
-    keep: what was there stays as <stem>.previous<suffix>.
+    Raise UserError if it cannot be written; what was there before is untouched.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -1162,195 +1306,181 @@ def atomic(path, keep=False):
             yield f
             f.flush()
             os.fsync(f.fileno())
-        if keep and path.exists():  # by a link, so that there is a whole `path` at any moment
-            spare = path.with_name(f".{path.name}.spare")
-            spare.unlink(missing_ok=True)
-            try:
-                os.link(path, spare)
-            except OSError:  # a file system without links
-                spare = path
-            os.replace(spare, path.with_suffix(".previous" + path.suffix))
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was there is"
-                        " untouched") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}; what was there is untouched") from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def locked(path, wait=False):
-    """Holds the lock `path` until the block or the process ends, however it does. Taken: waits, or raises UserError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as f:
-        try:
-            import fcntl
-            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB * (not wait))  # not flock: workers would hold that, too
-        except (BlockingIOError, PermissionError):
-            f.seek(0)
-            raise UserError(f"another process ({f.read().strip() or 'of an unknown number'}) works in {path.parent}:"
-                            " wait for it, or take another --out") from None
-        except (ImportError, OSError):  # Windows, and file systems without locks: on one's own
-            pass
-        f.truncate(0)
-        f.write(f"{os.getpid()} on {platform.node()}")
-        f.flush()
-        yield
-
-
-def save(path, content, keep=False):
-    """Writes tensors, numbers, strings, lists and dicts, atomically."""
-    with atomic(path, keep) as f:
+def save(path, content):
+    """Write tensors, numbers, strings, lists and dicts atomically."""
+    with atomic(path) as f:
         torch.save(content, f)
 
 
 class ReleasedConfig:
-    """Stands in for the class that released D-AR files hold their configuration in: nothing but a dict, `_data`."""
+    """Stands for the class in which released D-AR files keep their configuration: a dict, `_data`.
+    """
 
 
-HARMLESS = [argparse.Namespace, (ReleasedConfig, "config_util.Config"),  # what checkpoints may hold besides tensors:
-            *((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-            np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1"))]  # NumPy arrays
+class Callback:
+    """Stands for the class of a Lightning callback, which some checkpoints use as a key."""
 
 
-def read(path, sums=False):
-    """The content of a checkpoint: .pt, .pth, .ckpt, .bin, or .safetensors. Runs nothing that the file says.
+HARMLESS = [argparse.Namespace, np.ndarray, np.dtype, (ReleasedConfig, "config_util.Config")]
+HARMLESS += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i2", "i4", "i8", "u1", "b1")]
+for value in (np.zeros(0), np.float64(0)):  # how NumPy rebuilds arrays and scalars, by both names
+    rebuilds = value.__reduce__()[0]
+    HARMLESS += [(rebuilds, f"numpy.{core}.multiarray.{rebuilds.__name__}")
+                 for core in ("core", "_core")]
 
-    sums: looks at the checksums of a file that `save` wrote; torch.load does not. Raises UserError for a missing,
-    damaged or unsafe file.
+
+def read_checkpoint(path):
+    """Return the dict in a .pt, .pth, .ckpt, .bin or .safetensors file. Nothing in the file is
+    executed.
+
+    Raise UserError for a missing, damaged or unsafe file.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such file: {path}")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         try:
-            from safetensors import SafetensorError
             from safetensors.torch import load_file
         except ImportError:
-            raise UserError(f"{path}: pip install safetensors, or give the file as .pt, .pth, .ckpt or .bin") from None
-        try:
+            raise UserError(f"{path}: pip install safetensors, or use a .pt file") from None
+        with untrusted(path):
             return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged: {error}") from None
-    try:
-        if sums:
-            with zipfile.ZipFile(path) as archive:
-                if bad := archive.testzip():
-                    raise UserError(f"{path} is damaged: wrong checksum of {bad}")
-        with torch.serialization.safe_globals(HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it holds code ({found[1]}), which is not run" if found else "not a file that torch.save wrote"
-        raise UserError(f"{path}: {reason}") from None
-    except UserError:
-        raise
-    except Exception as error:  # damaged pickles raise all sorts
-        words = str(error).splitlines()[:1] or ["it is empty" if isinstance(error, EOFError) else type(error).__name__]
-        raise UserError(f"{path} is damaged: {words[0]}") from None
+    with untrusted(path):
+        content = load_pickle(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+        raise UserError(f"{path} contains a {type(content).__name__}, not a checkpoint")
     return content
 
 
+def load_pickle(path, callbacks=()):
+    """Return what torch.save wrote. callbacks: names of Lightning classes that may stand in it as
+    keys."""
+    stand_ins = [(Callback, name) for name in callbacks]
+    try:
+        with torch.serialization.safe_globals([*HARMLESS, *stand_ins]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own words advise to switch the protection off
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if not found:
+        raise UserError(f"{path} is not a file that torch.save wrote")
+    if re.match(r"(pytorch_)?lightning\.[\w.]*callbacks", found[1]) and found[1] not in callbacks:
+        return load_pickle(path, [*callbacks, found[1]])
+    raise UserError(f"{path} contains code ({found[1]}), which is not executed")
+
+
+def unwrap(content, *keys):
+    """Return the tensors of the first dict under one of the keys, else of the content itself,
+    without the prefixes that DDP and torch.compile put before names."""
+    state = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): v for name, v in tensors.items()}
+
+
+def renamed(state, table):
+    """Return a state dict in float32 under new names.
+
+    Each line of the table, "pattern -> replacement", is a substitution in all names, in order.
+    """
+    if not isinstance(table, str):
+        table = "\n".join(f"{a} -> {b}" for a, b in table)
+    for line in table.strip().splitlines():
+        pattern, replacement = (part.strip() for part in line.split("->"))
+        state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
+    return {name: value.float() for name, value in state.items()}
+
+
+def numbered(state, pattern):
+    """Return the distinct numbers, sorted, that group 1 of the pattern takes at the start of the
+    names."""
+    found = [re.match(pattern, name) for name in state]
+    return sorted({int(match[1]) for match in found if match})
+
+
 def load_strict(module, state, path):
-    """Loads a state dict into the module; a missing, extra or misshapen entry is a UserError that names it."""
+    """Load a state dict. Raise UserError that names the entries that are missing, extra or
+    misshapen."""
     own = module.state_dict()
-    if strange := [k for k, v in state.items() if not isinstance(v, torch.Tensor)]:
-        raise UserError(f"{path} does not fit: {strange[0]} is a {type(state[strange[0]]).__name__}, not a tensor")
-    wrong = ([f"missing {k}" for k in own if k not in state] + [f"unknown {k}" for k in state if k not in own]
-             + [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own
-                if k in state and state[k].shape != own[k].shape])
+    wrong = [f"{k} is no tensor" for k, v in state.items() if not isinstance(v, torch.Tensor)]
+    wrong += [f"missing {k}" for k in own if k not in state]
+    wrong += [f"unknown {k}" for k in state if k not in own]
+    for name in [] if wrong else own:
+        if state[name].shape != own[name].shape:
+            wrong.append(f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}")
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(f"{path} does not fit: {'; '.join(wrong[:5])}{more}")
-    try:
+    with untrusted(path, "of another kind"):  # sparse tensors, say
         module.load_state_dict(state)
-    except RuntimeError as error:  # sparse, or of another kind
-        raise UserError(f"{path} does not fit: {str(error).splitlines()[-1].strip()}") from None
 
 
 def fingerprint(module):
-    """Twelve hexadecimal digits that name the weights of a module, whatever file they came from."""
+    """Return twelve hexadecimal digits that identify the weights of a module, whatever file they
+    came from."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        values = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
-def progress(total, title, unit, rank=0, done=0):
-    """A progress bar on rank 0; a line every half minute where nobody watches."""
-    return tqdm(total=total, initial=done, desc=title, unit=unit, disable=rank > 0 or done >= total,
-                mininterval=0.2 if sys.stderr.isatty() else 30)
-
-
-def walk(module, *inputs, depth=2):
-    """Runs the module once and prints the shape that every part gives, when it first runs."""
-    seen = set()
-
-    def show(name):
-        def hook(part, args, output):
-            parts = output if isinstance(output, dict) else {"": output[0] if isinstance(output, tuple) else output}
-            shape = ", ".join(f"{key} {tuple(part.shape)}".strip() for key, part in parts.items())
-            if name not in seen:
-                print(f"  {name:32s} {type(part).__name__:18s} {shape}")
-            seen.add(name)
-        return hook
-
-    hooks = [part.register_forward_hook(show(name)) for name, part in module.named_modules()
-             if name and name.count(".") < depth and not isinstance(part, nn.ModuleList)]
-    output = module(*inputs)
-    for hook in hooks:
-        hook.remove()
-    return output
-
-
-# --- 5  Pictures ------------------------------------------------------------------------------------------------------
+# --- 6  Pictures ----------------------------------------------------------------------------------
 
 def to_float(images):
-    """uint8 0 .. 255 to float -1 .. 1."""
+    """Convert uint8 0 .. 255 to float -1 .. 1."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images):
-    """Float -1 .. 1 (clipped) to uint8 0 .. 255, rounded."""
+    """Convert float -1 .. 1, clipped, to uint8 0 .. 255, rounded."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def from_pil(image):
-    """uint8 (3, h, w) of an RGB picture."""
+    """Return an RGB picture as uint8 (3, h, w)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def grid(images, columns, names=None, gap=2, zoom=None):
-    """One picture of uint8 images (n, 3, h, w), row by row; `names` stand to the left of their rows.
-
-    zoom: how many pixels become of one, each way; unless given, enough for images of 64 pixels.
-    """
-    zoom = zoom or max(1, 64 // images.shape[2])
+def grid(images, columns, names=None):
+    """Return one picture of uint8 images (n, 3, h, w), row by row, with the names to the left of
+    their rows. Small images are enlarged to about 64 pixels."""
+    gap = 2
+    zoom = max(1, 64 // images.shape[2])
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     n, _, h, w = images.shape
     rows = math.ceil(n / columns)
     font = ImageFont.load_default(max(10, min(h // 3, 24)))
-    left = max((int(font.getlength(name)) for name in names), default=0) + 8 if names else gap
+    left = gap
+    if names:
+        left = 8 + max(int(font.getlength(name)) for name in names[:rows])
     sheet = Image.new("RGB", (left + columns * (w + gap), gap + rows * (h + gap)), "white")
     for k, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        sheet.paste(Image.fromarray(image), (left + k % columns * (w + gap), gap + k // columns * (h + gap)))
-    for row, name in enumerate((names or [])[:rows]):
-        ImageDraw.Draw(sheet).text((4, gap + row * (h + gap) + h / 2), name, "black", font, anchor="lm")
+        row, column = divmod(k, columns)
+        sheet.paste(Image.fromarray(image), (left + column * (w + gap), gap + row * (h + gap)))
+    for row, name in enumerate(names or []):
+        middle = gap + row * (h + gap) + h / 2
+        ImageDraw.Draw(sheet).text((4, middle), name, "black", font, anchor="lm")
     return sheet
 
 
 def save_picture(path, picture):
-    """Writes a PNG (or what the suffix says), atomically."""
+    """Write a PNG, or the format that the file's ending names, atomically."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
     with atomic(path) as f:
-        picture.save(f, Image.registered_extensions().get(Path(path).suffix.lower(), "PNG"))
+        picture.save(f, kind)
 
 
 def save_gif(path, frames, seconds=4.0, hold=1.5):
-    """Writes pictures as a looping GIF of `seconds`, whose last frame stays for `hold` seconds more."""
-    pace = int(1000 * seconds / len(frames))
+    """Write a looping GIF of `seconds`, whose last frame stays for `hold` seconds more."""
+    duration = [int(1000 * seconds / len(frames))] * len(frames)
+    duration[-1] += int(1000 * hold)
     with atomic(path) as f:
-        frames[0].save(f, "GIF", save_all=True, append_images=frames[1:], loop=0,
-                       duration=[pace] * (len(frames) - 1) + [pace + int(1000 * hold)])
+        frames[0].save(f, "GIF", save_all=True, append_images=frames[1:], loop=0, duration=duration)

@@ -1,27 +1,26 @@
-"""D-AR: the tokens that a plain language model predicts are the steps of a diffusion decoder (Gao and Shou, 2025).
+"""D-AR: a plain language model predicts tokens that are steps of a diffusion (Gao and Shou, 2025).
 
-Idea      A tokenizer turns an image into N discrete tokens in K groups. A diffusion transformer on pixels turns noise
-          into the image again, and looks at another group at each of its steps: the first groups while there is only
-          noise, the last ones when details are left. So the tokens run from coarse to fine, and a Llama that predicts
-          them one after another, with nothing changed, carries out a diffusion: as soon as a group is complete its
-          step can be done, and every step gives a preview of the whole image.
-Shapes    B batch, P image patches, N query tokens, K groups of q = N / K tokens, D width, n codes, V = n.
-          Images (B, 3, h, w) in -1 .. 1. Codes (B, N) in 0 .. n - 1. Labels (B,) in 0 .. classes - 1.
-Time      t = 0 is noise, t = 1 the image: x_t = t x_1 + (1 - t) x_0, velocity v = x_1 - x_0. There are two clocks:
-          the group follows the token clock u, the network sees t = S(u) = u / (u + beta (1 - u)).
-Where     Eq. 1, tokens: Tokenizer.encode             Eq. 5, 8, clocks and groups: shift, unshift, Tokenizer.starts
-          Eq. 2 to 4 and 7, the loss: Tokenizer.forward           jump-estimates, Eq. 8's steps: Decoding.advance
-          Eq. 6, next-token loss: Llama.forward                   Sec. 3.3, streaming: generate
-Differs   The paper leaves much open; what the released code does is a Config field where both are plausible: `times`,
-          `preview`, `lpips_dropout`. The table "Where paper and code differ" in the README has all points.
+Idea     A tokenizer encodes an image as N discrete tokens in K groups. A diffusion transformer on
+         pixels decodes them, and each of its steps is conditioned on one group: early groups while
+         the image is mostly noise, late groups when only details are missing. So the tokens are
+         ordered from coarse to fine, and an unmodified Llama that predicts them one by one carries
+         out a diffusion: once a group is complete its step can be taken, and every step gives a
+         preview of the whole image.
+Shapes   B batch, P image patches, N query tokens, K groups of q = N / K tokens, V codes.
+         Images (B, 3, h, w) in -1 .. 1, codes (B, N) in 0 .. V - 1, labels (B,) below `classes`.
+Time     t = 0 is noise, t = 1 the image: x_t = t x_1 + (1 - t) x_0, velocity v = x_1 - x_0. There
+         are two clocks: token time u (t' in Eq. 5) selects the group, model time t = S(u) is what
+         the network is given.
+Where    Eq. 1: Tokenizer.encode              Eq. 5: unshift, Tokenizer.forward (released: starts)
+         Eq. 2, 3, 4, 7: Tokenizer.forward    Eq. 8: shift, Decoding
+         Eq. 6: Llama.forward                 Sec. 3.3, streaming: generate
+Differs  Where the paper is silent or the released code does something else, a Config field offers
+         both: `times`, `preview`, `lpips_dropout`. docs/paper_and_code.md lists all such points.
 """
 import dataclasses
 import functools
-import hashlib
 import math
-import os
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,130 +30,143 @@ import torch.nn.functional as F
 import common
 from common import Recipe, Stage, UserError
 
-HEAD = 64  # channels of an attention head, everywhere in the tokenizer
+HEAD = 64  # channels of each attention head of the tokenizer
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Shape, loss and sampler of the sequential diffusion tokenizer. The default is the published one."""
-    image_size: int = 256           # pixels
-    patch: int = 16                 # side of the encoder's patches, pixels
-    dim: int = 768                  # D of the encoder; a multiple of 64, as are the other two
-    depth: int = 8                  # encoder blocks
-    queries: int = 256              # N
-    query_rows: int = 1024          # rows of the tables of queries and positions, of which the first N are used
-    query_rank: int = 8             # queries are made of vectors of this width
-    codebook: int = 16384           # n
-    code_dim: int = 8               # width of a code
-    decoder_dim: int = 768          # D of the causal layers behind the quantizer
-    decoder_depth: int = 8          # their number
-    groups: int = 8                 # K; divides N
-    beta: float = 2.0               # time shift: above 1, more tokens speak about the early, noisy steps
-    pixel_patch: int = 8            # side of the diffusion decoder's patches, pixels
-    pixel_dim: int = 768            # its D
-    pixel_depth: int = 12           # its blocks
-    data_std: float = 0.6           # sigma: images are multiplied by it before noise is added
-    times: str = "shifted"          # in training: u uniform and t = S(u), "shifted" (released), or t "uniform" (Sec. 4)
-    repa_layer: int = 8             # REPA looks at the stream before this block; 0: the model has no REPA head
-    steps: int = 0                  # sampler defaults: diffusion steps (0: one for each group),
-    solver: str = "adams"           # "euler", or "adams": two-step Adams-Bashforth
-    preview: str = "solver"         # previews jump to t = 1 by the "solver's" step (released) or along "v" (Sec. 5.1)
+    """Shape, training times and sampler of the tokenizer. The default is the published one."""
+    image_size: int = 256    # pixels
+    patch: int = 16          # side of the encoder's patches, pixels
+    dim: int = 768           # width of the encoder; like the other widths a multiple of 64
+    depth: int = 8           # encoder blocks
+    queries: int = 256       # N
+    query_rows: int = 1024   # rows in the tables of queries and positions; the first N are used
+    query_rank: int = 8      # queries are made from vectors of this width
+    codebook: int = 16384    # V
+    code_dim: int = 8        # width of a code
+    decoder_dim: int = 768   # width of the causal layers after the quantizer
+    decoder_depth: int = 8   # their number
+    groups: int = 8          # K; divides N
+    beta: float = 2.0        # time shift: above 1, more tokens describe the early, noisy steps
+    pixel_patch: int = 8     # side of the diffusion decoder's patches, pixels
+    pixel_dim: int = 768     # its width
+    pixel_depth: int = 12    # its blocks
+    data_std: float = 0.6    # images are multiplied by it before noise is added
+    times: str = "shifted"   # training draws u, t = S(u) (released), or t: "uniform" (Sec. 4)
+    repa_layer: int = 8      # REPA aligns the input of this block; 0: the model has no REPA head
+    steps: int = 0           # sampler: diffusion steps; 0: one for each group
+    solver: str = "adams"    # sampler: "adams" (two-step Adams-Bashforth) or "euler"
+    preview: str = "solver"  # jump to t = 1 by the "solver" (released) or along "v" (Sec. 5.1)
 
     def __post_init__(self):
-        for name, values in (("times", ("shifted", "uniform")), ("solver", ("euler", "adams")),
-                             ("preview", ("solver", "v"))):
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} is one of {', '.join(values)}, not {getattr(self, name)}")
-        for name in ("dim", "decoder_dim", "pixel_dim"):
-            if getattr(self, name) % HEAD:
-                raise ValueError(f"{name} {getattr(self, name)} is not a multiple of {HEAD}")
-        for name in ("patch", "pixel_patch", "groups", "queries", "codebook", "code_dim", "dim", "decoder_dim",
-                     "pixel_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is 1 or more")
-        for name in ("patch", "pixel_patch"):
-            if self.image_size % getattr(self, name):
-                raise ValueError(f"image_size {self.image_size} is not divisible by {name} {getattr(self, name)}")
-        if self.queries % self.groups or self.queries > self.query_rows:
-            raise ValueError(f"queries {self.queries}: a multiple of {self.groups} groups, at most query_rows"
-                             f" {self.query_rows}")
-        if self.data_std <= 0 or self.beta <= 0 or self.steps < 0:
-            raise ValueError("data_std and beta are more than 0, steps is 0 or more")
+        common_width = math.gcd(self.dim, self.decoder_dim, self.pixel_dim)
+        patches = math.lcm(self.patch, self.pixel_patch)
+        rules = {
+            f"dim, decoder_dim, pixel_dim must be multiples of {HEAD}": common_width % HEAD == 0,
+            "image_size must be divisible by patch and pixel_patch": self.image_size % patches == 0,
+            "queries must be divisible by groups": self.queries % self.groups == 0,
+            "queries must be 1 to query_rows": 0 < self.queries <= self.query_rows,
+            "data_std and beta must be more than 0": min(self.data_std, self.beta) > 0,
+            "steps must be 0 or more": self.steps >= 0}
+        common.check(self, rules, times=("shifted", "uniform"), solver=("adams", "euler"),
+                     preview=("solver", "v"))
+
+    @property
+    def group_size(self):
+        """Tokens of a group, q."""
+        return self.queries // self.groups
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything: the AR model, its sampler's defaults, how the tokenizer is trained, and the tokenizer."""
-    image_size: int = 256           # pixels; the tokenizer's follows
-    classes: int = 1000             # label `classes` means "no label"
-    dim: int = 768                  # D of the Llama
+    """The AR model, its sampler's defaults, the tokenizer's training, and the tokenizer."""
+    image_size: int = 256                # pixels; the tokenizer's follows
+    classes: int = 1000                  # label `classes` means "no label"
+    class_names: tuple[str, ...] = ()    # filled from the data
+    dim: int = 768
     heads: int = 12
-    depth: int = 12                 # blocks
-    dropout: float = 0.1            # on the embeddings, behind attention and behind the MLP, 0 .. 1
-    label_drop: float = 0.1         # share of training images that lose their label, 0 .. 1
-    cfg: tuple[float, ...] = (1.1, 8.0)  # guidance scale, from the first token to the last
-    temperature: float = 1.0        # 0: always the most likely token
-    top_k: int = 0                  # draw from the k most likely tokens; 0: from all
-    top_p: float = 1.0              # draw from the most likely tokens that together have this probability
-    crops: int = 10                 # training views: 10 (random scale and place for the tokenizer, ten crops for the
-                                    # AR model) or 1 (the centre crop for both)
-    lpips_weight: float = 0.5       # lambda_1 of Eq. 7
-    lpips_dropout: float = 0.5      # in front of LPIPS' linear layers; on in released training, paper silent
-    repa_weight: float = 0.5        # lambda_2 of Eq. 7
-    teachers: str = field(default="", compare=False)  # folder of the LPIPS, VGG-16 and DINOv2 files (default:
-                                    # where torch.hub keeps downloads)
+    depth: int = 12                      # blocks
+    dropout: float = 0.1                 # after the embeddings, attention and MLP, 0 .. 1
+    label_drop: float = 0.1              # share of training images that lose their label, 0 .. 1
+    cfg: tuple[float, ...] = (1.1, 8.0)  # guidance scale of the first and the last token
+    temperature: float = 1.0             # 0: always the most likely token
+    top_k: int = 0                       # draw from the k most likely tokens; 0: from all
+    top_p: float = 1.0                   # draw from the likeliest tokens of this joint probability
+    crops: int = 10                      # views in training: 10 (the paper's) or 1 (the centre)
+    lpips_weight: float = 0.5            # lambda_1 of Eq. 7
+    lpips_dropout: float = 0.5           # before LPIPS' linear layers; 0.5 in released training
+    repa_weight: float = 0.5             # lambda_2 of Eq. 7
     tokenizer: TokenizerConfig = TokenizerConfig()
 
     def __post_init__(self):
-        if self.tokenizer.image_size != self.image_size:
-            object.__setattr__(self, "tokenizer", dataclasses.replace(self.tokenizer, image_size=self.image_size))
-        if self.heads < 1 or self.dim % (2 * self.heads):
-            raise ValueError(f"dim {self.dim} is not divisible into {self.heads} heads of even width")
-        if self.crops not in (1, 10) or len(self.cfg) != 2:
-            raise ValueError("crops is 1 or 10; cfg is a pair: first token, last token")
+        tokenizer = dataclasses.replace(self.tokenizer, image_size=self.image_size)
+        object.__setattr__(self, "tokenizer", tokenizer)
+        rules = {
+            "dim must be divisible by twice the heads": self.dim % (2 * self.heads) == 0 < self.dim,
+            "cfg must be a pair of numbers": len(self.cfg) == 2 and math.isfinite(sum(self.cfg)),
+            "temperature and top_k must be 0 or more": self.temperature >= 0 and self.top_k >= 0,
+            "top_p must be more than 0 and at most 1": 0 < self.top_p <= 1}
+        common.check(self, rules, crops=(1, 10))
 
 
 TINY_TOKENIZER = TokenizerConfig(
-    image_size=32, patch=4, dim=128, depth=2, queries=64, query_rows=64, codebook=512, code_dim=3, decoder_dim=128,
-    decoder_depth=2, pixel_patch=4, pixel_dim=128, pixel_depth=4, repa_layer=0)
-ABLATION = TokenizerConfig(dim=512, decoder_dim=512, pixel_dim=512, pixel_depth=8, repa_layer=5)  # App. III; 5: a guess
+    image_size=32, patch=4, dim=128, depth=2, queries=64, query_rows=64, codebook=512, code_dim=3,
+    decoder_dim=128, decoder_depth=2, pixel_patch=4, pixel_dim=128, pixel_depth=4, repa_layer=0)
+ABLATION_TOKENIZER = TokenizerConfig(  # App. III, which does not state repa_layer
+    dim=512, decoder_dim=512, pixel_dim=512, pixel_depth=8, repa_layer=5)
 PRESETS = {
-    "tiny": Config(image_size=32, classes=10, dim=192, heads=3, depth=4, dropout=0.0, cfg=(4.0, 4.0), crops=1,
-                   lpips_weight=0.0, repa_weight=0.0, tokenizer=TINY_TOKENIZER),
-    "b": Config(tokenizer=ABLATION),
+    "tiny": Config(
+        image_size=32, classes=10, dim=192, heads=3, depth=4, dropout=0.0, cfg=(4.0, 4.0), crops=1,
+        lpips_weight=0.0, repa_weight=0.0, tokenizer=TINY_TOKENIZER),
+    "b": Config(tokenizer=ABLATION_TOKENIZER),
     "l": Config(dim=1024, heads=16, depth=24),
     "xl": Config(dim=1280, heads=20, depth=36, cfg=(1.1, 10.0)),
     "xxl": Config(dim=1536, heads=24, depth=48, cfg=(1.1, 10.0))}
 PUBLISHED = {"b": "111M", "l": "343M", "xl": "775M", "xxl": "1.4B"}
 
 
-# --- Layers of the tokenizer ------------------------------------------------------------------------------------------
+# --- Layers of the tokenizer ----------------------------------------------------------------------
 
 def plain_norm(x):
     """Layer norm without parameters."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
+def mlp(*widths):
+    """Return linear layers from each width to the next, with SiLU between them."""
+    layers = []
+    for width, next_width in zip(widths, widths[1:]):
+        layers += [nn.SiLU(), nn.Linear(width, next_width)]
+    return nn.Sequential(*layers[1:])
+
+
 def rotate(x, rotary):
-    """Turns pairs of neighbouring channels of x (B, H, n, C) by the angles whose cos and sin are rotary (2, n, C/2)."""
+    """Turn pairs of neighbouring channels of x (B, heads, n, C) by angles: rotary (2, n, C/2)."""
     cos, sin = rotary
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
-def rotary_line(n, width):
-    """cos and sin (2, n, width/2) of a line's positions 0 .. n - 1."""
-    omega = 10000 ** (-torch.arange(0, width, 2).float() / width)
-    angles = torch.arange(n).float()[:, None] * omega
-    return torch.stack([angles.cos(), angles.sin()])
+def rotary_line(n, width, dtype=torch.float32):
+    """Return cos and sin (2, n, width/2) of the angles of positions 0 .. n - 1 (1D RoPE)."""
+    omega = 10000 ** (-torch.arange(0, width, 2, dtype=dtype) / width)
+    angles = torch.arange(n)[:, None] * omega
+    return torch.stack([angles.cos(), angles.sin()]).float()
 
 
 def rotary_grid(side):
-    """cos and sin (2, side^2, HEAD/2) of a square grid, row by row: half of the pairs turn by row, half by column."""
-    omega = 10000 ** (-torch.arange(0, HEAD // 2, 2).double() / (HEAD // 2))
-    along = torch.arange(side)[:, None] * omega                                            # (side, 16)
-    angles = torch.cat([along.repeat_interleave(side, 0), along.repeat(side, 1)], 1)
-    return torch.stack([angles.cos(), angles.sin()]).float()
+    """Return cos and sin (2, side^2, HEAD/2) for a square grid (2D RoPE).
+
+    Half of the pairs turn by the row, the others by the column.
+    """
+    line = rotary_line(side, HEAD // 2, torch.float64)
+    return torch.cat([line.repeat_interleave(side, 1), line.repeat(1, side, 1)], 2)
+
+
+def split_heads(x):
+    """Return (B, heads, n, HEAD) of x (B, n, dim)."""
+    return x.unflatten(2, (-1, HEAD)).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -162,168 +174,175 @@ class Attention(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
-        self.q_norm, self.k_norm = (nn.LayerNorm(HEAD, eps=1e-6) for _ in range(2))
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+        self.q_norm = nn.LayerNorm(HEAD, eps=1e-6)
+        self.k_norm = nn.LayerNorm(HEAD, eps=1e-6)
 
-    def query(self, x, rotary=None):
-        """(B, H, n, 64) of x (B, n, D)."""
-        q = self.q(x).unflatten(2, (-1, HEAD)).transpose(1, 2)
-        q = self.q_norm(q).to(q.dtype)
-        return q if rotary is None else rotate(q, rotary)
+    def forward(self, x, context=None, rotary=None, mask=None, causal=False):
+        """Return (B, n, dim) of x (B, n, dim), which attends to a context (B, m, dim) or to itself.
 
-    def key_value(self, x, rotary=None):
-        """Two (B, H, n, 64) of x (B, n, D)."""
-        k, v = (linear(x).unflatten(2, (-1, HEAD)).transpose(1, 2) for linear in (self.k, self.v))
-        k = self.k_norm(k).to(k.dtype)
-        return (k if rotary is None else rotate(k, rotary)), v
-
-    def merge(self, x):
-        """(B, n, D) of the heads (B, H, n, 64)."""
+        rotary (2, n, HEAD/2) tells the positions of x. The tokens of a context have none.
+        """
+        source = x if context is None else context
+        v = split_heads(self.v(source))                            # (B, heads, m, HEAD)
+        q = self.q_norm(split_heads(self.q(x))).to(v.dtype)        # autocast norms in float32
+        k = self.k_norm(split_heads(self.k(source))).to(v.dtype)
+        if rotary is not None:
+            q = rotate(q, rotary)
+            k = rotate(k, rotary) if context is None else k
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    """D -> 4D -> D with SiLU."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.silu(self.fc1(x)))
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block with gates that are zero at first. `attend(q, k, v)` decides who sees whom."""
+    """Pre-norm transformer block whose gates are zero at first."""
 
     def __init__(self, dim):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(dim, eps=1e-6), Attention(dim)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim)
-        self.gate1, self.gate2 = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attention = Attention(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp(dim, 4 * dim, dim)
+        self.gate1 = nn.Parameter(torch.zeros(dim))
+        self.gate2 = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x, attend, rotary=None):
-        h = self.norm1(x)
-        h = attend(self.attention.query(h, rotary), *self.attention.key_value(h, rotary))
-        x = x + self.gate1 * self.attention.merge(h)
+    def forward(self, x, **attention):
+        """Return (B, n, dim) of x (B, n, dim). attention: arguments of Attention.forward."""
+        x = x + self.gate1 * self.attention(self.norm1(x), **attention)
         return x + self.gate2 * self.mlp(self.norm2(x))
 
 
 class Quantizer(nn.Module):
-    """The nearest of n unit vectors (van den Oord et al., 2017; l2-normalised as in LlamaGen)."""
+    """The nearest of V unit vectors (van den Oord et al., 2017; l2-normalised as in LlamaGen)."""
+    window = 65536  # latest tokens, of which `usage` is measured
 
-    def __init__(self, n, dim, window=65536):
+    def __init__(self, size, dim):
         super().__init__()
-        self.embedding = nn.Embedding(n, dim)
-        self.window = window
-        self.register_buffer("age", torch.full((n,), window))  # tokens since its last use
+        self.embedding = nn.Embedding(size, dim)
+        self.register_buffer("age", torch.full((size,), self.window))  # tokens since last use
 
     def codewords(self):
-        """(n, code_dim), of length one; what is stored need not be."""
+        """Return the codes (V, code_dim) with unit length, which the stored ones need not have."""
         return F.normalize(self.embedding.weight.float(), dim=-1)
 
+    @torch.compiler.disable  # TF32 is a global setting, which compiled code does not switch
+    def nearest(self, z):
+        """Return the codes (B, N) of unit vectors z (B, N, code_dim)."""
+        with common.true_float32():
+            return (z @ self.codewords().T).argmax(-1)
+
     def forward(self, z):
-        """Of vectors z (B, N, code_dim): quantized ones with a straight-through gradient, codes (B, N), and for each
-        token (B, N) the codebook loss and the commitment loss of App. I."""
+        """Quantize vectors z (B, N, code_dim).
+
+        Return code vectors like z with a straight-through gradient, codes (B, N), and for each
+        token the codebook loss and the commitment loss of App. I, (2, B, N).
+        """
         with torch.autocast(z.device.type, enabled=False):
-            z, codewords = F.normalize(z.float(), dim=-1), self.codewords()
-            codes = (z.detach() @ codewords.detach().T).argmax(-1)                         # unit vectors: nearest
-            e = codewords[codes]
+            z = F.normalize(z.float(), dim=-1)
+            codes = self.nearest(z)
+            e = self.codewords()[codes]
             codebook = (e - z.detach()).square().mean(-1)
             commitment = 0.25 * (e.detach() - z).square().mean(-1)
-            return z + (e - z).detach(), codes, codebook, commitment
+            return z + (e - z).detach(), codes, torch.stack([codebook, commitment])
 
     @torch.no_grad()
     def usage(self, codes):
-        """Notes these codes; the share of the codebook among the latest `window`, 0 .. 1."""
+        """Count these codes. Return the share of the codebook in the latest `window` tokens."""
         self.age += codes.numel()
         self.age[codes.flatten()] = 0
         return (self.age < self.window).float().mean()
 
 
-# --- The pixel diffusion decoder --------------------------------------------------------------------------------------
+# --- The pixel diffusion decoder ------------------------------------------------------------------
 
 class PixelBlock(nn.Module):
-    """A DiT block whose modulation differs from patch to patch: time embedding plus what the patch finds in the group.
+    """A DiT block whose modulation differs from patch to patch.
 
-    The cross-attention adds nothing to the stream: its result only steers AdaLN (Sec. 4).
+    It comes from the time embedding plus what the patch finds in the group by cross-attention,
+    which adds nothing to the residual stream itself (Sec. 4).
     """
 
     def __init__(self, dim):
         super().__init__()
-        self.time, self.condition = (nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-                                     for _ in range(2))
-        self.cross, self.modulation = Attention(dim), nn.Linear(dim, 6 * dim)
-        self.attention, self.mlp = Attention(dim), MLP(dim)
+        self.time = mlp(dim, dim, dim)
+        self.condition = mlp(dim, dim, dim)
+        self.cross = Attention(dim)
+        self.modulation = nn.Linear(dim, 6 * dim)
+        self.attention = Attention(dim)
+        self.mlp = mlp(dim, 4 * dim, dim)
 
-    def forward(self, x, time, c, rotary):                           # (B, n, D), (B or 1, D), (B, q, D)
+    def forward(self, x, time, group, rotary):        # (B, n, dim), (B or 1, dim), (B, q, dim)
         h = plain_norm(x)
-        k, v = self.cross.key_value(plain_norm(self.condition(c)))                         # tokens: no rotation
-        s = self.cross.merge(F.scaled_dot_product_attention(self.cross.query(h, rotary), k, v))
-        m = self.modulation(F.silu(self.time(time)[:, None] + s))                          # (B, n, 6 D)
+        found = self.cross(h, plain_norm(self.condition(group)), rotary)
+        m = self.modulation(F.silu(self.time(time)[:, None] + found))      # (B, n, 6 dim)
         shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, dim=-1)
-        h = h * (1 + scale1) + shift1
-        h = F.scaled_dot_product_attention(self.attention.query(h, rotary), *self.attention.key_value(h, rotary))
-        x = x + gate1 * self.attention.merge(h)
+        x = x + gate1 * self.attention(h * (1 + scale1) + shift1, rotary=rotary)
         return x + gate2 * self.mlp(plain_norm(x) * (1 + scale2) + shift2)
 
 
 class PixelDecoder(nn.Module):
-    """Velocity v = D_FM(x_t, t, c) of Eq. 2, on patches of pixels."""
+    """The velocity network D_FM(x_t, t, c) of Eq. 2, on patches of pixels."""
 
     def __init__(self, config):
         super().__init__()
-        D, channels = config.pixel_dim, 3 * config.pixel_patch**2
         self.config = config
-        self.condition = nn.Linear(config.decoder_dim, D)
-        self.input, self.output = nn.Linear(channels, D), nn.Linear(D, channels)
-        self.blocks = nn.ModuleList(PixelBlock(D) for _ in range(config.pixel_depth))
+        dim = config.pixel_dim
+        channels = 3 * config.pixel_patch**2
+        self.condition = nn.Linear(config.decoder_dim, dim)
+        self.input = nn.Linear(channels, dim)
+        self.output = nn.Linear(dim, channels)
+        self.blocks = nn.ModuleList(PixelBlock(dim) for _ in range(config.pixel_depth))
         if config.repa_layer:
-            self.repa = nn.Sequential(nn.Linear(D, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU(),
-                                      nn.Linear(2048, 768))
-        self.register_buffer("rotary", rotary_grid(config.image_size // config.pixel_patch), persistent=False)
+            self.repa = mlp(dim, 2048, 2048, 768)
+        self.side = config.image_size // config.pixel_patch  # patches
+        self.register_buffer("rotary", rotary_grid(self.side), persistent=False)
 
-    def forward(self, x, t, c, repa=False):
-        """Velocity (B, 3, h, w) of x (B, 3, h, w) at t (B,) or (1,) in 0 .. 1, for a group c (B, q, decoder_dim); and
-        features (B, 256, 768) to be aligned with DINOv2's, if asked for."""
-        D, p = self.config.pixel_dim, self.config.pixel_patch
-        angles = 1000 * t[:, None] * 10000 ** (-torch.arange(D // 2, device=t.device) / (D // 2))
-        time = torch.cat([angles.cos(), angles.sin()], 1)                                  # (B or 1, D)
-        c = plain_norm(self.condition(c))                                                  # (B, q, D)
-        x, features = self.input(F.pixel_unshuffle(x, p).flatten(2).transpose(1, 2)), None  # (B, n, D)
+    def forward(self, x, t, group, repa=False):
+        """Return the velocity (B, 3, h, w) of x (B, 3, h, w), and REPA's features or None.
+
+        t: (B,) or (1,) in 0 .. 1. group: c(t), (B, q, decoder_dim). Features: (B, 256, 768).
+        """
+        half = self.config.pixel_dim // 2
+        angles = 1000 * t[:, None] * 10000 ** (-torch.arange(half, device=t.device) / half)
+        time = torch.cat([angles.cos(), angles.sin()], 1)          # (B or 1, dim)
+        group = plain_norm(self.condition(group))                  # (B, q, dim)
+        patches = F.pixel_unshuffle(x, self.config.pixel_patch)
+        x = self.input(patches.flatten(2).transpose(1, 2))         # (B, n, dim)
+        features = None
         for i, block in enumerate(self.blocks):
             if repa and i == self.config.repa_layer:
-                grid = x.transpose(1, 2).unflatten(2, (self.config.image_size // p, -1))
-                pooled = F.avg_pool2d(grid, grid.shape[2] // 16).flatten(2).transpose(1, 2)
-                features = self.repa(pooled)                                               # (B, 256, 768)
-            x = block(x, time, c, self.rotary)
-        x = self.output(plain_norm(x)).float().transpose(1, 2)
-        return F.pixel_shuffle(x.unflatten(2, (self.config.image_size // p, -1)), p), features
+                pooled = F.avg_pool2d(self.grid(x), self.side // 16)
+                features = self.repa(pooled.flatten(2).transpose(1, 2))
+            x = block(x, time, group, self.rotary)
+        x = self.output(plain_norm(x)).float()
+        return F.pixel_shuffle(self.grid(x), self.config.pixel_patch), features
+
+    def grid(self, x):
+        """Return (B, C, side, side) of patches x (B, side^2, C)."""
+        return x.transpose(1, 2).unflatten(2, (self.side, self.side))
 
 
-# --- The tokenizer ----------------------------------------------------------------------------------------------------
+# --- The tokenizer --------------------------------------------------------------------------------
 
 def shift(u, beta):
-    """Model time t = S(u) of token time u, Eq. 8: slower near noise for beta above 1."""
-    return u / (u + beta * (1 - u))
+    """Return the model time t = S(u) of token time u: slower near noise for beta above 1."""
+    return u / (u + beta * (1 - u))                                # Eq. 8
 
 
 def unshift(t, beta):
-    """Token time u of model time t, Eq. 5."""
-    return t / (t + (1 - t) / beta)
+    """Return the token time u = t' of model time t: the inverse of S."""
+    return t / (t + (1 - t) / beta)                                # Eq. 5
 
 
 class Tokenizer(nn.Module):
-    """Image to codes and back: encoder, quantizer, causal layers, pixel diffusion decoder.
-
-    encode: images (B, 3, h, w) to codes (B, N); decode: codes, or their first ones, to images. In training `judges`
-    are an LPIPS network and DINOv2, each with its weight, or None: then that loss is left out.
-    """
+    """Encoder, quantizer, causal layers and pixel diffusion decoder: images to codes and back."""
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.judges, self.lpips_dropout = (None, None), 0.5  # a tuple: what it holds is no part of this module
         self.patchify = nn.Conv2d(3, c.dim, c.patch, c.patch)
         self.query_table = nn.Embedding(c.query_rows, c.query_rank)
         self.query_linear = nn.Linear(c.query_rank, c.dim)
@@ -334,431 +353,431 @@ class Tokenizer(nn.Module):
         self.positions = nn.Embedding(c.query_rows, c.decoder_dim)
         self.decoder_layers = nn.ModuleList(Block(c.decoder_dim) for _ in range(c.decoder_depth))
         self.pixels = PixelDecoder(c)
-        still = torch.stack([torch.ones(c.queries, HEAD // 2), torch.zeros(c.queries, HEAD // 2)])  # queries: unturned
-        self.register_buffer("rotary", torch.cat([rotary_grid(c.image_size // c.patch), still], 1), persistent=False)
+        grid = rotary_grid(c.image_size // c.patch)
+        unturned = rotary_line(1, HEAD).expand(-1, c.queries, -1)  # position 0 for all queries
+        self.register_buffer("rotary", torch.cat([grid, unturned], 1), persistent=False)
+        # Set by `ready`: the perceptual losses of Eq. 7. They are functions, not modules, so that
+        # the state dict does not contain their networks.
+        self.lpips = None        # (images, images, dropout) -> parts of the distances (5, B)
+        self.dino = None         # images -> features (B, 256, 768)
+        self.loss_config = None  # the Config that has their weights
         self.initialise()
 
     @torch.no_grad()
     def initialise(self):
-        """Released initialisation: blocks begin as the identity, the velocity as zero. Blocks narrower than the
-        released ones, 768, get larger weights: with 0.02 for all, `tiny` learns markedly slower."""
+        """Draw weights as released: blocks are the identity at first, the velocity is zero.
+
+        Blocks narrower than 768 get larger weights, without which `tiny` learns markedly slower.
+        """
         c = self.config
-        for layers, width in ((self.encoder_layers, c.dim), (self.decoder_layers, c.decoder_dim),
-                              (self.pixels.blocks, c.pixel_dim)):
-            for linear in (part for part in layers.modules() if isinstance(part, nn.Linear)):
-                nn.init.trunc_normal_(linear.weight, std=0.02 * math.sqrt(768 / min(width, 768)))
-                nn.init.zeros_(linear.bias)
+        for layers, dim in ((self.encoder_layers, c.dim), (self.decoder_layers, c.decoder_dim),
+                            (self.pixels.blocks, c.pixel_dim)):
+            for module in layers.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.trunc_normal_(module.weight, std=0.02 * math.sqrt(768 / min(dim, 768)))
+                    nn.init.zeros_(module.bias)
         for block in self.pixels.blocks:
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.pixels.output.weight)
         nn.init.zeros_(self.pixels.output.bias)
         nn.init.trunc_normal_(self.query_table.weight)
         nn.init.trunc_normal_(self.positions.weight, std=0.02)
-        codes = self.quantizer.embedding.weight
-        codes.copy_(F.normalize(codes.uniform_(-1 / len(codes), 1 / len(codes)), dim=-1))
+        codes = self.quantizer.embedding.weight.uniform_(-1, 1)
+        codes.copy_(F.normalize(codes, dim=-1))
+
+    def carry(self, name, old, shape):
+        """Return None: with --init, weights whose shape has changed start from random values."""
+
+    def ready(self, config):
+        """Attach the losses that a Config asks for. Raise UserError if they cannot be had."""
+        c = self.config
+        device = self.positions.weight.device
+        side = self.pixels.side
+        if config.repa_weight and (side % 16 or not 0 < c.repa_layer < c.pixel_depth):
+            raise UserError(f"REPA needs a multiple of 16 patches a side (here {side}) and a"
+                            " repa_layer below pixel_depth; --set repa_weight=0 trains without it")
+        if config.lpips_weight:
+            self.lpips = load_lpips(device)
+        if config.repa_weight:
+            self.dino = load_dino(device)
+        self.loss_config = config
 
     def features(self, images):
-        """What the encoder knows at the N queries, (B, N, D). Patches see patches; query j sees them and queries up to
-        j, so that token j never depends on a later one."""
+        """Return the encoder's output (B, N, dim) at the queries.
+
+        All tokens attend to all patches, and query j to the queries up to j. So token j depends on
+        no later query, and patches depend on no query.
+        """
         N = self.config.queries
-        patches = plain_norm(self.patchify(images).flatten(2).transpose(1, 2))             # (B, P, D)
-        queries = self.query_linear(self.query_table.weight[:N]).expand(len(images), -1, -1)
+        patches = plain_norm(self.patchify(images).flatten(2).transpose(1, 2))     # (B, P, dim)
+        queries = self.query_linear(self.query_table.weight[:N]).to(patches.dtype)
+        x = torch.cat([patches, queries.expand(len(images), -1, -1)], 1)           # (B, P + N, dim)
         P = patches.shape[1]
-        mask = torch.ones(N, P + N, dtype=torch.bool, device=images.device).tril(P)
-
-        def attend(q, k, v):
-            seen = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P])
-            return torch.cat([seen, F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=mask)], 2)
-
-        x = torch.cat([patches, queries.to(patches.dtype)], 1)                             # (B, P + N, D)
+        place = torch.arange(P + N, device=x.device)
+        mask = (place < P) | (place <= place[:, None])                             # (P + N, P + N)
         for layer in self.encoder_layers:
-            x = layer(x, attend, self.rotary)
+            x = layer(x, rotary=self.rotary, mask=mask)
         return plain_norm(x[:, P:])
 
     def encode(self, images):
-        """Codes (B, N) of images (B, 3, h, w), Eq. 1, as the smallest integers that hold them."""
-        codes = self.quantizer(self.to_code(self.features(images)))[1]
+        """Return codes (B, N) of images (B, 3, h, w) as the smallest integers that hold them.
+
+        Always in true float32: with less precision the nearest code is often another one.
+        """
+        with torch.autocast(images.device.type, enabled=False), common.true_float32():
+            codes = self.quantizer(self.to_code(self.features(images)))[1]         # Eq. 1
         return codes.to(torch.int16 if self.config.codebook <= 2**15 else torch.int32)
 
-    def condition(self, z, past=None):
-        """z' (B, n, decoder_dim) of the next n code vectors z (B, n, code_dim), and every layer's keys and values so
-        far. `past` are those of the tokens before, () at the first ones: causal layers can take tokens as they come.
-        None: these are all, and no keys and values are kept."""
-        begin = past[0][0].shape[2] if past else 0
-        x, kept = self.from_code(z) + self.positions.weight[begin:begin + z.shape[1]], []
+    def codes(self, stored):
+        """Return what `encode` made as the AR model takes it."""
+        return stored.long()
 
-        def attend(q, k, v):
-            if past:
-                k, v = (torch.cat(pair, 2) for pair in zip(past[len(kept)], (k, v)))
-            if past is not None:
-                kept.append((k, v))
-            if not begin:
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(begin)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
+    def condition(self, z):
+        """Return z' (B, n, decoder_dim) of the first n code vectors z (B, n, code_dim)."""
+        x = self.from_code(z) + self.positions.weight[:z.shape[1]]
         for layer in self.decoder_layers:
-            x = layer(x, attend)
-        return plain_norm(x), kept
+            x = layer(x, causal=True)
+        return plain_norm(x)
 
     def starts(self, u):
-        """First token of the group that speaks at token times u (...,) in [0, 1): the nearest of the times j / K of
-        Eq. 8, halves up; the last group also has what lies behind it."""
+        """Return the first token of the group at token times u (...,) in [0, 1).
+
+        As released it is the group whose time j / K is nearest, halves up. Then the steps of Eq. 8
+        use each group once; Eq. 5 read literally has no group for the first step.
+        """
         c = self.config
         group = torch.floor(u * c.groups + 0.5).long()
-        return (group * (c.queries // c.groups)).clamp(max=c.queries - c.queries // c.groups)
+        return group.clamp(max=c.groups - 1) * c.group_size
 
     def forward(self, images, labels=None, *, u=None, noise=None):
-        """Training loss, Eq. 7. u (B,) in [0, 1) and noise x_0 (like images) are drawn unless given.
+        """Return the training loss and its parts.
 
-        The quantizer's losses count the tokens up to the end of the group that u names: nothing else is asked of the
-        others. usage: share of the codebook among the latest codes; dead: share of positions with the same code in
-        all images of the batch.
+        u (B,) in [0, 1) and noise x_0 (like images) may be given; with times = "uniform", u is the
+        model time. The quantizer's losses count the tokens up to the end of the selected group.
+        usage: share of the codebook among the latest codes. dead: share of the positions at which
+        all images of the batch have the same code.
         """
-        c, B = self.config, len(images)
-        u = torch.rand(B, device=images.device) if u is None else u
-        x_0 = torch.randn_like(images) if noise is None else noise
+        c = self.config
+        u = torch.rand(len(images), device=images.device) if u is None else u
+        x_0 = torch.randn_like(images) if noise is None else noise                 # Eq. 4
         if c.times == "shifted":
             t = shift(u, c.beta)
+            start = self.starts(u)
         else:
-            t, u = u, unshift(u, c.beta)                                                   # Eq. 5
-        z, codes, codebook, commitment = self.quantizer(self.to_code(self.features(images)))
-        q = c.queries // c.groups
-        tokens = self.starts(u)[:, None] + torch.arange(q, device=u.device)                # (B, q)
-        counted = torch.arange(c.queries, device=u.device) <= tokens[:, -1:]               # (B, N)
-        group = self.condition(z)[0].gather(1, tokens[..., None].expand(-1, -1, c.decoder_dim))  # c(t), Eq. 5
+            t = u
+            number = torch.ceil(c.groups * unshift(t, c.beta)).long()              # Eq. 5: 1 .. K
+            start = (number - 1).clamp(min=0) * c.group_size
+        z, codes, losses = self.quantizer(self.to_code(self.features(images)))
+        tokens = start[:, None] + torch.arange(c.group_size, device=u.device)      # (B, q)
+        counted = torch.arange(c.queries, device=u.device) <= tokens[:, -1:]       # (B, N)
+        codebook, commitment = (losses * counted).sum((1, 2)) / counted.sum()
+        group = self.condition(z).take_along_dim(tokens[..., None], 1)             # c(t)
 
         x_1 = c.data_std * images
         s = t[:, None, None, None]
-        x_t = s * x_1 + (1 - s) * x_0                                                      # Eq. 3
-        lpips, repa = self.judges
-        v, aligned = self.pixels(x_t, t, group, repa is not None)
-        out = {"flow": F.mse_loss(v, x_1 - x_0) / c.data_std**2,                           # Eq. 2, in units of images
-               "codebook": (codebook * counted).sum() / counted.sum(),
-               "commitment": (commitment * counted).sum() / counted.sum()}
-        loss = out["flow"] + out["codebook"] + out["commitment"]
-        if lpips:
-            guess = (x_t + (1 - s) * v) / c.data_std                                       # the image, if v were right
-            network, weight = lpips
-            out["lpips"] = network(images, guess, self.lpips_dropout * self.training).sum(0).mean()
-            loss = loss + weight * out["lpips"]
-        if repa:
-            network, weight = repa
-            out["repa"] = (1 - F.cosine_similarity(aligned.float(), dino_features(network, images), dim=-1)).mean()
-            loss = loss + weight * out["repa"]
-        elif c.repa_layer:
-            loss = loss + 0 * sum(p.sum() for p in self.pixels.repa.parameters())          # DDP wants all gradients
+        x_t = s * x_1 + (1 - s) * x_0                                              # Eq. 3
+        v, features = self.pixels(x_t, t, group, repa=self.dino is not None)
+        flow = F.mse_loss(v, x_1 - x_0) / c.data_std**2             # Eq. 2, in units of the images
+        loss = flow + codebook + commitment                                        # Eq. 7
+        out = {"flow": flow, "codebook": codebook, "commitment": commitment}
+        if self.lpips:
+            guess = (x_t + (1 - s) * v) / c.data_std
+            dropout = self.loss_config.lpips_dropout if self.training else 0.0
+            out["lpips"] = self.lpips(images, guess, dropout).sum(0).mean()
+            loss = loss + self.loss_config.lpips_weight * out["lpips"]
+        if self.dino:
+            likeness = F.cosine_similarity(features.float(), self.dino(images), dim=-1)
+            out["repa"] = (1 - likeness).mean()
+            loss = loss + self.loss_config.repa_weight * out["repa"]
+        elif c.repa_layer:  # DDP wants a gradient for every parameter
+            loss = loss + 0 * sum(p.sum() for p in self.pixels.repa.parameters())
         if self.training:
             out["usage"] = self.quantizer.usage(codes)
             out["dead"] = (codes == codes[:1]).all(0).float().mean()
         return {"loss": loss, **out}
 
     @torch.no_grad()
-    def decode(self, codes, noise, *, steps=None, solver=None, preview=None, on_step=None):
-        """Images (B, 3, h, w), not clamped, of codes (B, N) or of their first n, from standard normal noise
-        (B, 3, h, w). Of n < N tokens it is the preview after the steps that they allow. For on_step see Decoding."""
-        decoding = Decoding(self, noise, steps, solver, preview, on_step)
-        for end in sorted({end for end in decoding.ends if end <= codes.shape[1]}):
-            decoding.take(codes[:, :end])
+    def decode(self, codes, noise, *, on_step=None, **options):
+        """Return images (B, 3, h, w), not clamped, of codes (B, n) and normal noise (B, 3, h, w).
+
+        With n < N it is the preview after the steps that n tokens allow. See Decoding.
+        """
+        decoding = Decoding(self, noise, on_step, **options)
+        decoding.take(codes)
         return decoding.image
+
+    def reconstruct(self, images, noise, on_step=None):
+        """Return images (B, 3, h, w) encoded and decoded, in -1 .. 1. noise: common.Noise."""
+        start = noise.normal(images.shape[1:])
+        return self.decode(self.encode(images), start, on_step=on_step).clamp(-1, 1)
 
 
 class Decoding:
-    """A batch of images on the way from noise: takes tokens as they come, does the steps that they allow.
+    """An incremental decoder: takes tokens as they come and does the steps that they allow.
 
-    steps, solver and preview default to the tokenizer's config. on_step(k, images) gets the preview (B, 3, h, w) after
-    step k = 1 .. steps, not clamped. `ends` are the token counts at which a step becomes possible, in order; `image`
-    is the latest preview, and the result after the last step.
+    on_step(images) gets the preview (B, 3, h, w) after each step, clamped to -1 .. 1. options are
+    steps, solver and preview; None means the default of the tokenizer's config. `ends` are the
+    numbers of tokens at which a step becomes possible. `image` is the latest preview, and after
+    the last step the result, not clamped.
     """
 
-    def __init__(self, tokenizer, noise, steps=None, solver=None, preview=None, on_step=None):
-        c = tokenizer.config
-        c = dataclasses.replace(c, steps=steps or c.steps or c.groups, solver=solver or c.solver,
-                                preview=preview or c.preview)
-        self.tokenizer, self.config, self.on_step = tokenizer, c, on_step
-        u = torch.arange(c.steps, dtype=torch.float64) / c.steps                           # Eq. 8
-        self.starts = tokenizer.starts(u).tolist()
-        self.ends = [start + c.queries // c.groups for start in self.starts]
+    def __init__(self, tokenizer, noise, on_step=None, **options):
+        c = self.config = common.with_options(tokenizer.config, **options)
+        self.tokenizer = tokenizer
+        self.on_step = on_step
+        steps = c.steps or c.groups
+        u = torch.arange(steps, dtype=torch.float64) / steps
         self.times = [*shift(u, c.beta).tolist(), 1.0]
-        self.x, self.image = noise, noise / c.data_std
-        self.z, self.past, self.done, self.before = None, (), 0, None
+        self.starts = tokenizer.starts(u).tolist()
+        self.ends = [start + c.group_size for start in self.starts]
+        self.done = 0                                              # steps
+        self.x = noise
+        self.image = noise / c.data_std
+        self.previous_v = None
 
     def take(self, codes):
-        """codes (B, n): all tokens so far, old and new."""
-        known = 0 if self.z is None else self.z.shape[1]
-        new, self.past = self.tokenizer.condition(self.tokenizer.quantizer.codewords()[codes[:, known:].long()],
-                                                  self.past)
-        self.z = new if self.z is None else torch.cat([self.z, new], 1)
-        while self.done < self.config.steps and self.ends[self.done] <= self.z.shape[1]:
-            self.advance()
+        """Take all tokens so far, codes (B, n), and do the steps that have become possible."""
+        z = self.tokenizer.condition(self.tokenizer.quantizer.codewords()[codes.long()])
+        while self.done < len(self.ends) and self.ends[self.done] <= codes.shape[1]:
+            group = z[:, self.starts[self.done]:self.ends[self.done]]
+            self.advance(group.contiguous())  # one memory layout, so that it is compiled once
 
-    def advance(self):
-        """One step of the solver, and the preview: the same step, but straight to t = 1."""
-        c, i = self.config, self.done
-        t, h = self.times[i], self.times[i + 1] - self.times[i]
-        group = self.z[:, self.starts[i]:self.ends[i]]
+    def advance(self, group):
+        """Do one step of the solver. The preview is where the same step would lead at t = 1."""
+        c = self.config
+        t, t_next = self.times[self.done:self.done + 2]
+        self.done += 1
         v = self.tokenizer.pixels(self.x, torch.full((1,), t, device=self.x.device), group)[0]
-        w = v
-        if self.before is not None and c.solver == "adams":
-            w = 1.5 * v - 0.5 * self.before  # as for equal steps; S is smooth, so the order is 2 on unequal ones, too
-        self.image = (self.x + (1 - t) * (w if c.preview == "solver" or i == c.steps - 1 else v)) / c.data_std
-        self.x, self.before, self.done = self.x + h * w, v, i + 1
+        slope = v
+        if c.solver == "adams" and self.previous_v is not None:
+            slope = 1.5 * v - 0.5 * self.previous_v  # for equal steps; of order 2 on these, too
+        jump = v if c.preview == "v" and self.done < len(self.ends) else slope
+        self.image = (self.x + (1 - t) * jump) / c.data_std
+        self.x = self.x + (t_next - t) * slope
+        self.previous_v = v
         if self.on_step:
-            self.on_step(self.done, self.image)
+            self.on_step(self.image.clamp(-1, 1))
 
 
-# --- Networks that judge the tokenizer while it is trained ------------------------------------------------------------
+# --- Networks of the tokenizer's perceptual losses ------------------------------------------------
 
-class LPIPS(nn.Module):
-    """Learned perceptual distance (Zhang et al., 2018): VGG-16 features, weighted squared differences."""
-    TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+def standardised(images, mean, std):
+    """Return images (B, 3, h, w) minus the mean, divided by the deviation of each channel."""
+    mean = images.new_tensor(mean)[:, None, None]
+    return (images - mean) / images.new_tensor(std)[:, None, None]
 
-    def __init__(self):
-        super().__init__()
-        layers, c_in = [], 3
-        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
-            layers += [nn.Conv2d(c_in, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
-            c_in = width or c_in
-        self.features = nn.Sequential(*layers)
-        self.lin = nn.ParameterList(torch.empty(1, c, 1, 1) for c in (64, 128, 256, 512, 512))
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
-        self.eval().requires_grad_(False)
 
-    def taps(self, x):
-        """The five feature maps of images (B, 3, h, w) in -1 .. 1; h and w are 16 or more."""
-        x, taps = (x - self.shift) / self.scale, []
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            taps += [x] if i in self.TAPS else []
-        return taps
+def vgg_features(vgg, images):
+    """Return five feature maps of images (B, 3, h, w) in -1 .. 1: relu1_2, 2_2, 3_3, 4_3, 5_3.
 
-    def forward(self, x, y, dropout=0.0):
-        """The five parts (5, B) of the distance; it is their sum. dropout: of the weighted channels, in training."""
-        parts = []
-        with torch.autocast(x.device.type, enabled=False):
-            x, y = (images.to(self.shift.dtype) for images in (x, y))
-            for a, b, weight in zip(self.taps(x), self.taps(y), self.lin, strict=True):
-                a, b = (f / ((f.square().sum(1, keepdim=True) + 1e-20).sqrt() + 1e-10) for f in (a, b))
-                parts.append((F.dropout((a - b).square(), dropout) * weight).sum(1).mean((1, 2)))
-        return torch.stack(parts)
+    vgg: state dict of VGG-16. h and w are 16 or more.
+    """
+    x = standardised(images, (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
+    maps = []
+    for layer in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
+        if layer in (5, 10, 17, 24):
+            x = F.max_pool2d(x, 2)
+        name = f"features.{layer}"
+        x = F.conv2d(x, vgg[f"{name}.weight"], vgg[f"{name}.bias"], padding=1).relu()
+        if layer in (2, 7, 14, 21, 28):
+            maps.append(x)
+    return maps
+
+
+def unit_length(x):
+    """Return x (B, C, h, w) divided by its length over the channels. The slope at 0 is finite."""
+    return x / ((x.square().sum(1, keepdim=True) + 1e-20).sqrt() + 1e-10)
+
+
+def lpips_parts(vgg, linear, x, y, dropout=0.0):
+    """Return five parts (5, B) whose sum is the LPIPS distance of images x and y (B, 3, h, w).
+
+    LPIPS (Zhang et al., 2018) weights the squared differences of VGG-16 features. vgg and linear:
+    state dicts of VGG-16 and of the five layers of weights.
+    """
+    parts = []
+    with torch.autocast(x.device.type, enabled=False):
+        for i, (a, b) in enumerate(zip(vgg_features(vgg, x), vgg_features(vgg, y))):
+            difference = F.dropout((unit_length(a) - unit_length(b)).square(), dropout)
+            weighted = difference * linear[f"lin{i}.model.1.weight"]
+            parts.append(weighted.sum(1).mean((1, 2)))
+    return torch.stack(parts)
 
 
 @torch.no_grad()
 def dino_features(network, images):
-    """DINOv2's patch features (B, 256, 768) of images (B, 3, h, w) in -1 .. 1, at 224 pixels."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in ((0.485, 0.456, 0.406),
-                                                                              (0.229, 0.224, 0.225)))
-    x = F.interpolate((0.5 * images + 0.5 - mean) / std, (224, 224), mode="bicubic")
+    """Return DINOv2's patch features (B, 256, 768), at 224 pixels, of images (B, 3, h, w)."""
+    x = standardised(0.5 * images + 0.5, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    x = F.interpolate(x, (224, 224), mode="bicubic")
     return network.forward_features(x)["x_norm_patchtokens"].float()
 
 
-NETWORKS = {  # published files: (where from, first digits of the SHA-256, MD5)
-    "vgg16-397923af.pth": ("https://download.pytorch.org/models/", "397923af", None),
-    "vgg.pth": ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/", "",
-                "d507d7349b931f0638a25a48a722f98a"),
-    "dinov2_vitb14_pretrain.pth": ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/", "", None)}
+def published(url, sha256=""):
+    """Return the content of a published file, kept where torch.hub keeps its downloads."""
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    hint = "or train without LPIPS and REPA: --set lpips_weight=0 repa_weight=0"
+    return common.read_checkpoint(common.download(url, path, sha256, hint))
 
 
-def published(file, folder):
-    """The entries of a published file, from the folder or downloaded into it. Raises UserError if it cannot be had."""
-    source, sha256, md5 = NETWORKS[file]
-    path = Path(folder or Path(torch.hub.get_dir(), "checkpoints"), file)
-    common.download(source, path, sha256, f"name the folder of {', '.join(NETWORKS)} with --set teachers=FOLDER, or"
-                                          " train without LPIPS and REPA: --set lpips_weight=0 repa_weight=0")
-    if md5 and hashlib.md5(path.read_bytes()).hexdigest() != md5:
-        raise UserError(f"{path} is not the published file (MD5 {md5}); delete it and it is downloaded again")
-    return common.read(path)
+def load_lpips(device):
+    """Return lpips_parts with the published weights. Raise UserError if they cannot be had."""
+    vgg = published("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
+    linear = published("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/"
+                       "lpips/weights/v0.1/vgg.pth", "a78928a0af1e5f0f")
+    vgg = {name: value.to(device) for name, value in vgg.items() if name.startswith("features")}
+    linear = {name: value.to(device) for name, value in linear.items()}
+    return functools.partial(lpips_parts, vgg, linear)
 
 
-def load_lpips(folder=""):
-    """LPIPS with the published weights."""
-    return lpips_from_states(published("vgg16-397923af.pth", folder), published("vgg.pth", folder))
-
-
-def lpips_from_states(vgg, lin):
-    """LPIPS of a VGG-16 state dict (features.*) and the five linear layers (lin0.model.1.weight ...)."""
-    network = LPIPS()
-    state = {k: v for k, v in vgg.items() if k.startswith("features.")}
-    common.load_strict(network, {**state, **{re.sub(r"lin(\d).*", r"lin.\1", k): v for k, v in lin.items()}}, "LPIPS")
-    return network
-
-
-def load_dino(folder=""):
-    """DINOv2 ViT-B/14: its code by torch.hub, its weights as data. Raises UserError when they cannot be had."""
-    state = published("dinov2_vitb14_pretrain.pth", folder)
-    try:
+def load_dino(device):
+    """Return dino_features with the published network. Raise UserError if it cannot be had."""
+    file = "dinov2_vitb14_pretrain.pth"
+    state = published(f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/{file}")
+    code = "facebookresearch/dinov2"
+    with common.untrusted(code, "not available: --set repa_weight=0 trains without it"):
         with common.rank_zero_first():
-            network = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14", pretrained=False, trust_repo=True,
-                                     verbose=False)
-    except (OSError, RuntimeError, ImportError, ValueError) as error:
-        raise UserError(f"torch.hub cannot load facebookresearch/dinov2 ({str(error).splitlines()[0]}); --set"
-                        " repa_weight=0 trains without it") from None
-    common.load_strict(network, state, "dinov2_vitb14_pretrain.pth")
-    return network.eval().requires_grad_(False)
+            network = torch.hub.load(code, "dinov2_vitb14", pretrained=False, trust_repo=True)
+    common.load_strict(network, state, file)
+    return functools.partial(dino_features, network.eval().requires_grad_(False).to(device))
 
 
-# --- The AR model -----------------------------------------------------------------------------------------------------
-
-class LlamaAttention(nn.Module):
-    """Causal self-attention with rotary positions.
-
-    For a single token: `cache` (2, B, H, places, C) has keys and values of earlier ones and gets those of this one, at
-    place `at` (1,); mask (1, places) says which places are seen, None: all.
-    """
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads, self.wqkv, self.wo = heads, nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x, rotary, cache=None, at=None, mask=None):                          # (B, n, D)
-        q, k, v = self.wqkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # (B, H, n, C) each
-        q, k = rotate(q, rotary), rotate(k, rotary)
-        if cache is not None:                                                              # n = 1
-            cache[0].index_copy_(2, at, k.to(cache.dtype))
-            cache[1].index_copy_(2, at, v.to(cache.dtype))
-            k, v = cache
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None)
-        return self.wo(x.transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: w2(SiLU(w1 x) * w3 x), two thirds of 4D wide, rounded up to a multiple of 256."""
-
-    def __init__(self, dim):
-        super().__init__()
-        hidden = -(-int(2 * 4 * dim / 3) // 256) * 256
-        self.w1, self.w3 = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
+# --- The AR model ---------------------------------------------------------------------------------
 
 class LlamaBlock(nn.Module):
-    """Pre-norm block."""
+    """Pre-norm block: causal self-attention with rotary positions, then SwiGLU."""
 
     def __init__(self, dim, heads, dropout):
         super().__init__()
+        hidden = 256 * math.ceil(int(8 * dim / 3) / 256)  # two thirds of 4 dim, rounded up
+        self.heads = heads
         self.dropout = nn.Dropout(dropout)
-        self.attention_norm, self.attention = nn.RMSNorm(dim, eps=1e-5), LlamaAttention(dim, heads)
-        self.ffn_norm, self.feed_forward = nn.RMSNorm(dim, eps=1e-5), FeedForward(dim)
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-5)
+        self.wqkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
+        self.ffn_norm = nn.RMSNorm(dim, eps=1e-5)
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x, rotary, *cached):
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, *cached))
-        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+    def forward(self, x, rotary, cache=None, place=None, mask=None):
+        """Return (B, n, dim) of x (B, n, dim).
+
+        A single token comes with a cache of all keys and values, (B, heads, N, C) each. Its own are
+        stored at place (1,). mask (1, N) bool: the places that are filled.
+        """
+        qkv = self.wqkv(self.attention_norm(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # (B, heads, n, C) each
+        q = rotate(q, rotary)
+        k = rotate(k, rotary)
+        if cache is not None:  # written as a whole: through a view, compiled code would copy it
+            k = cache[0].index_copy_(2, place, k)
+            v = cache[1].index_copy_(2, place, v)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None)
+        x = x + self.dropout(self.wo(h.transpose(1, 2).flatten(2)))
+        h = self.ffn_norm(x)
+        return x + self.dropout(self.w2(F.silu(self.w1(h)) * self.w3(h)))
 
 
 class Llama(nn.Module):
-    """A language model of codes with the class as its first token (Touvron et al., 2023; LlamaGen): p(z) of Eq. 6."""
+    """A language model of codes whose first token is the class (Touvron et al., 2023; LlamaGen)."""
 
     def __init__(self, config):
         super().__init__()
-        c, V = config, config.tokenizer.codebook
-        self.config = config
-        self.class_embed = nn.Embedding(c.classes + 1, c.dim)                              # the last one: no label
-        self.token_embed = nn.Embedding(V, c.dim)
+        c = self.config = config
+        self.class_embed = nn.Embedding(c.classes + 1, c.dim)      # the last one: no label
+        self.token_embed = nn.Embedding(c.tokenizer.codebook, c.dim)
         self.dropout = nn.Dropout(c.dropout)
         self.layers = nn.ModuleList(LlamaBlock(c.dim, c.heads, c.dropout) for _ in range(c.depth))
-        self.norm, self.output = nn.RMSNorm(c.dim, eps=1e-5), nn.Linear(c.dim, V, bias=False)
-        self.register_buffer("rotary", rotary_line(c.tokenizer.queries, c.dim // c.heads), persistent=False)
+        self.norm = nn.RMSNorm(c.dim, eps=1e-5)
+        self.output = nn.Linear(c.dim, c.tokenizer.codebook, bias=False)
+        rotary = rotary_line(c.tokenizer.queries, c.dim // c.heads)
+        self.register_buffer("rotary", rotary, persistent=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.output.weight)  # every token is equally likely at first
-        self.kept, self.stride = None, 1  # see compile_steps: a step looks at a multiple of `stride` places
+        nn.init.zeros_(self.output.weight)  # all tokens are equally likely at first
+        self.kept_cache = None              # see compile_steps
+
+    def carry(self, name, old, shape):
+        """Return None: with --init, weights whose shape has changed start from random values."""
 
     def logits(self, codes, labels):
-        """Logits (B, N, V) of all tokens of codes (B, N): those of token i come from the label and tokens before i."""
-        x = torch.cat([self.class_embed(labels)[:, None], self.token_embed(codes[:, :-1])], 1)
-        x = self.dropout(x)
+        """Return logits (B, N, V): those of token i depend on labels (B,) and codes before i."""
+        first = self.class_embed(labels)[:, None]
+        x = self.dropout(torch.cat([first, self.token_embed(codes[:, :-1])], 1))
         for layer in self.layers:
-            x = layer(x, self.rotary[:, :x.shape[1]])                                      # (B, N, D)
+            x = layer(x, self.rotary[:, :x.shape[1]])              # (B, N, dim)
         return self.output(self.norm(x)).float()
 
     def forward(self, codes, labels, *, drop=None):
-        """Next-token loss, Eq. 6, for codes (B, N) and labels (B,); accuracy: share of tokens that were the most likely
-        ones. drop (B,) bool, which images lose their label, is drawn unless given."""
-        if drop is None:
-            drop = torch.rand(len(labels), device=labels.device) < self.config.label_drop * self.training
-        logits = self.logits(codes, torch.where(drop, self.config.classes, labels)).flatten(0, 1)
-        return {"loss": F.cross_entropy(logits, codes.flatten()),
-                "accuracy": (logits.argmax(-1) == codes.flatten()).float().mean()}
+        """Return the next-token loss for codes (B, N) and labels (B,), and the accuracy.
 
-    def step(self, x, cache, at, end, mask=None):
-        """Logits (B, V) of token `at` (1,) from the embedding x (B, D) of the one before. cache (layers, 2, B or more,
-        H, N, C): keys and values of those before, within `end` places; mask (1, end): which of these are filled."""
-        x, rotary = x[:, None], self.rotary[:, at]
-        for layer, kept in zip(self.layers, cache):
-            x = layer(x, rotary, kept[:, :len(x), :, :end], at, mask)
+        drop (B,) bool, the images that lose their label, may be given. accuracy: share of the
+        tokens that were the most likely ones.
+        """
+        if drop is None:
+            rate = self.config.label_drop if self.training else 0.0
+            drop = torch.rand(len(labels), device=labels.device) < rate
+        labels = torch.where(drop, self.config.classes, labels)
+        logits = self.logits(codes, labels).flatten(0, 1)
+        codes = codes.flatten()
+        return {"loss": F.cross_entropy(logits, codes),            # Eq. 6
+                "accuracy": (logits.argmax(-1) == codes).float().mean()}
+
+    def step(self, x, cache, place, mask):
+        """Return logits (B, V) of the token at place (1,) from the embedding x (B, dim) before it.
+
+        cache: keys and values of each layer. mask (1, N): True up to this place.
+        """
+        x = x[:, None]
+        for layer, keys_and_values in zip(self.layers, cache):
+            x = layer(x, self.rotary[:, place], keys_and_values, place, mask)
         return self.output(self.norm(x[:, 0])).float()
 
-    def settings(self, cfg, interval, temperature, top_k, top_p):
-        """Guidance scale of each token, and the filter's settings; what is None comes from the config."""
-        c, N = self.config, self.config.tokenizer.queries
-        cfg, temperature, top_k, top_p = (getattr(c, name) if value is None else value for name, value in
-                                          (("cfg", cfg), ("temperature", temperature), ("top_k", top_k),
-                                           ("top_p", top_p)))
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-            raise UserError("temperature and top-k are 0 or more, top-p is more than 0 and at most 1")
-        scales = [g if interval[0] <= i / N <= interval[1] else 1.0
-                  for i, g in enumerate(common.guidance_scales(cfg, N))]
-        return scales, (temperature, top_k, top_p)
-
     @torch.no_grad()
-    def sample(self, labels, noise, *, cfg=None, interval=(0.0, 1.0), temperature=None, top_k=None, top_p=None,
-               prefix=None, tokens=None, on_token=None):
-        """Codes (B, N) for labels (B,), or their first `tokens`, one after another with a cache of keys and values.
+    def stream(self, labels, noise, *, prefix=(), tokens=None, cfg=None, **options):
+        """Generate codes for labels (B,). Yield all codes so far, (B, 1) to (B, N), after each one.
 
-        What is not given comes from the config. cfg: guidance scale of the logits, a number or a pair (first token,
-        last token); 1 is off, 0 unconditional; it acts while i / N is in `interval`. prefix (B, N): tokens that are
-        given, -1 where they are free. on_token(n, codes) is called when n tokens are there. Nothing in the loop waits
-        for the device. Raises UserError for settings out of range.
+        prefix (k,): the first codes of all images. tokens: stop after this many. cfg: guidance
+        scale of the logits, a number or a pair (first token, last token); 1 is off, 0 is
+        unconditional. options: temperature, top_k, top_p; None means the config's default. Nothing
+        in the loop waits for the device. Raise UserError for options out of range.
         """
-        B, N = len(labels), tokens or self.config.tokenizer.queries
-        scales, filters = self.settings(cfg, interval, temperature, top_k, top_p)
-        guided = 1 + max((i for i, g in enumerate(scales[:N]) if g != 1), default=-1)      # tokens up to the last one
-        rows = torch.cat([labels, torch.full_like(labels, self.config.classes)]) if guided else labels
-        x, draws = self.class_embed(rows), noise.uniform((self.config.tokenizer.queries,))
-        C, H = self.config.dim // self.config.heads, self.config.heads
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        cache = common.zeros(self.kept, (len(self.layers), 2, len(rows), H, N, C), x, dtype)
-        codes, places = torch.zeros(B, N, dtype=torch.long, device=x.device), torch.arange(N, device=x.device)
-        seen = places <= places[:, None]                                                   # (N, N)
-        for i in range(N):
-            if i == guided:
-                x = x[:B]  # from here on nobody looks at the unconditional half
-            end = min(-(-(i + 1) // self.stride) * self.stride, N)                         # only what is filled
-            logits = self.step(x, cache, places[i:i + 1], end, seen[i:i + 1, :end] if self.stride > 1 else None)
-            if i < guided:
-                logits, null = logits.chunk(2)
-                logits = null + scales[i] * (logits - null)
-            token = pick(probabilities(logits, *filters), draws[:, i])
-            if prefix is not None:
-                token = torch.where(prefix[:, i] < 0, token, prefix[:, i])
-            codes[:, i] = token
-            x = self.token_embed(token).repeat(len(x) // B, 1)
-            if on_token:
-                on_token(i + 1, codes)
-        return codes
-
-    @torch.no_grad()
-    def sample_plainly(self, labels, noise, *, cfg=None, interval=(0.0, 1.0), temperature=None, top_k=None, top_p=None):
-        """The same codes as `sample`, as plainly as possible: all tokens go through the network again for each one."""
-        N = self.config.tokenizer.queries
-        scales, filters = self.settings(cfg, interval, temperature, top_k, top_p)
-        codes, draws = torch.zeros(len(labels), N, dtype=torch.long, device=labels.device), noise.uniform((N,))
-        for i in range(N):
-            logits, null = (self.logits(codes[:, :i + 1], y)[:, i]
-                            for y in (labels, torch.full_like(labels, self.config.classes)))
-            logits = null + scales[i] * (logits - null)
-            codes[:, i] = pick(probabilities(logits, *filters), draws[:, i])
-        return codes
+        if isinstance(cfg, (int, float)):
+            cfg = (cfg, cfg)
+        c = common.with_options(self.config, cfg=cfg, **options)
+        B = len(labels)
+        N = c.tokenizer.queries
+        scales = torch.linspace(*c.cfg, N, dtype=torch.float64).tolist()
+        guided = any(scale != 1 for scale in scales)
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, c.classes)])
+        x = self.class_embed(labels)                               # (B or 2B, dim)
+        shape = (len(x), c.heads, N, c.dim // c.heads)
+        memory = self.kept_cache or common.KeyValueCache()
+        dtype = self.output(x).dtype                               # that of autocast, if it is on
+        cache = memory.allocate(c.depth, shape, dtype, x.device)
+        draws = noise.uniform((N,))                                # one for each token
+        places = torch.arange(N, device=x.device)
+        visible = places <= places[:, None]                        # (N, N)
+        codes = torch.zeros(B, N, dtype=torch.long, device=x.device)
+        for i in range(tokens or N):
+            logits = self.step(x, cache, places[i:i + 1], visible[i:i + 1])
+            if guided:
+                logits, unconditional = logits.chunk(2)
+                logits = unconditional + scales[i] * (logits - unconditional)
+            probs = probabilities(logits, c.temperature, c.top_k, c.top_p)
+            codes[:, i] = prefix[i] if i < len(prefix) else draw_token(probs, draws[:, i])
+            yield codes[:, :i + 1]
+            x = self.token_embed(codes[:, i]).repeat(len(x) // B, 1)
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """What tokens are drawn from, (B, V) of logits (B, V): divided by the temperature, without those below the k-th,
-    without those behind the first ones that have probability p together."""
+    """Return the distribution (B, V) that tokens are drawn from, given logits (B, V).
+
+    The filters act in this order: temperature, the k most likely tokens, the most likely tokens up
+    to the one with which their joint probability passes p.
+    """
     logits = logits / max(temperature, 1e-5)
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -766,258 +785,301 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         share = ordered.softmax(-1)
-        behind = share.cumsum(-1) - share > top_p  # the one that crosses p stays
-        logits = logits.masked_fill(torch.zeros_like(behind).scatter(1, order, behind), -math.inf)
+        beyond = share.cumsum(-1) - share > top_p
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     return logits.softmax(-1)
 
 
-def pick(probs, u):
-    """One token (B,) for each row of probs (B, V), by u (B,) in [0, 1) and the cumulated probabilities."""
+def draw_token(probs, u):
+    """Return a token (B,) for each row of probs (B, V): where the cumulative sum passes u (B,)."""
     rising = probs.cumsum(-1)
     total = rising.amax(-1)
-    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))     # rounding never leads past
-    reached = (rising > target[:, None]) & (probs > 0)  # on CUDA a cumulated sum may waver where nothing is added
-    return reached.float().argmax(-1)                                                      # the first
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    target = torch.minimum(u * total, below_total)      # rounding must not lead past the last token
+    reached = (rising > target[:, None]) & (probs > 0)  # on CUDA, sums may waver where 0 is added
+    return reached.float().argmax(-1)                   # the first
 
 
-def compile_steps(model, tokenizer):
-    """Compiles what sampling repeats: the step of a token and that of the pixel decoder.
+# --- Both together --------------------------------------------------------------------------------
 
-    A token's step is recorded for every 32nd length, not for every one. The decoder's is not recorded: it may run
-    beside it, on another stream, and recorded graphs share their memory.
-    """
-    model.step, model.kept, model.stride = common.compiled(model.step), {}, min(32, model.config.tokenizer.queries)
-    tokenizer.pixels.compile()
+def guidance(text):
+    """Return a pair of scales: "1.1:8" is (1.1, 8), from first to last token, and "4" is (4, 4)."""
+    first, _, last = text.partition(":")
+    return float(first), float(last or first)
+
+
+OPTIONS = {
+    "cfg": dict(type=guidance, help="guidance scale: 4, or 1.1:8 from the first token to the last"),
+    "steps": dict(type=int, help="diffusion steps; 0: one for each group of tokens"),
+    "solver": dict(help="of the diffusion: adams or euler"),
+    "preview": dict(help="jump to the image by the step of the solver, or along v"),
+    "temperature": dict(type=float, help="of the tokens; 0 takes the most likely one"),
+    "top_k": dict(type=int, help="draw from the k most likely tokens; 0: from all"),
+    "top_p": dict(type=float, help="draw from the likeliest tokens of this joint probability"),
+    "tokens": dict(type=int, help="stop after this many; the image is a preview (Table 5)"),
+    "prefix_image": dict(metavar="FILE", help="take the first tokens from this picture (Fig. 6)"),
+    "prefix_tokens": dict(type=int, metavar="K", help="how many")}
 
 
 @functools.cache
 def side_stream(device):
-    """The CUDA stream that images are decoded on beside the tokens."""
-    return torch.cuda.Stream(device)
+    """Return the CUDA stream on which images are decoded beside the tokens, or None elsewhere."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-# --- Both together ----------------------------------------------------------------------------------------------------
-
-def generate(model, tokenizer, labels, noise, *, prefix=None, tokens=None, steps=None, solver=None, preview=None,
-             on_step=None, **options):
-    """Images (B, 3, h, w) in -1 .. 1 for labels (B,), and a dict of facts (none here).
-
-    A group's diffusion step is done as soon as its tokens are there, on CUDA beside the next tokens (Sec. 3.3).
-    on_step(images): the preview after each step, while later tokens are still unknown. tokens: stop after so many and
-    return the preview (Table 5). prefix (B, N): tokens that are given (Fig. 6). options: see Llama.sample.
-    """
+def encoded_prefix(tokenizer, file, count):
+    """Return a picture (3, h, w) in -1 .. 1 and its first `count` codes, if they are asked for."""
     c = tokenizer.config
-    if tokens is not None and not c.queries // c.groups <= tokens <= c.queries:
-        raise UserError(f"{tokens} tokens: a picture needs from {c.queries // c.groups} (one group) to {c.queries}")
-    start = noise.normal((3, c.image_size, c.image_size))
-    watch = on_step and (lambda k, images: on_step(images.clamp(-1, 1)))
-    decoding = Decoding(tokenizer, start, steps, solver, preview, watch)
-    side = side_stream(start.device) if start.device.type == "cuda" else None
-
-    def on_token(n, codes):
-        if n in decoding.ends:
-            if side is None:
-                decoding.take(codes[:, :n])
-                return
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                decoding.take(codes[:, :n])
-
-    model.sample(labels, noise, prefix=prefix, tokens=tokens, on_token=on_token, **options)
-    if side is not None:
-        torch.cuda.current_stream().wait_stream(side)
-        decoding.image.record_stream(torch.cuda.current_stream())
-    return decoding.image.clamp(-1, 1), {}
-
-
-def check(model, tokenizer):
-    """Raises UserError if the model speaks another language than the tokenizer."""
-    has, needs = ((c.queries, c.codebook, c.image_size) for c in (tokenizer.config, model.config.tokenizer))
-    if has != needs:
-        raise UserError("the tokenizer has {} tokens of {} codes for {} pixels, ".format(*has)
-                        + "the model needs {} of {} for {}".format(*needs))
-
-
-# --- Stages: what is trained, in order, and how -----------------------------------------------------------------------
-
-def judged(tokenizer, config):
-    """Gives the tokenizer the networks that its loss asks for. Raises UserError if they cannot be had."""
-    c = config.tokenizer
-    grid = c.image_size // c.pixel_patch
-    if config.repa_weight and (grid % 16 or not 0 < c.repa_layer < c.pixel_depth):
-        raise UserError(f"REPA needs a grid of 16, 32, ... patches (this one has {grid}) and repa_layer below"
-                        " pixel_depth; --set repa_weight=0 trains without")
-    if not (config.lpips_weight or config.repa_weight) and not int(os.environ.get("RANK", 0)):
-        print("the tokenizer is trained without LPIPS and REPA (lpips_weight and repa_weight are 0)")
-    device = tokenizer.positions.weight.device
-    tokenizer.lpips_dropout = config.lpips_dropout
-    tokenizer.judges = tuple((load(config.teachers).to(device), weight) if weight else None for load, weight in
-                             ((load_lpips, config.lpips_weight), (load_dino, config.repa_weight)))
+    if file is None and count is None:
+        return None, ()
+    if file is None or count is None:
+        raise UserError("--prefix-image and --prefix-tokens go together")
+    if not 0 <= count <= c.queries:
+        raise UserError(f"--prefix-tokens {count}: the tokenizer has {c.queries} tokens")
+    picture = common.to_float(common.load_picture(file, c.image_size))
+    picture = picture.to(tokenizer.positions.weight.device)
+    return picture, tokenizer.encode(picture[None])[0, :count].long()
 
 
 @torch.no_grad()
-def reconstructions(tokenizer, first, images, labels, noise):
-    """Images and what the tokenizer makes of them, in turn."""
-    decoded = tokenizer.decode(tokenizer.encode(images), noise.normal(images.shape[1:]))
-    return torch.stack([images, decoded], 1).flatten(0, 1)
+def generate(model, tokenizer, labels, noise, *, on_step=None, steps=None, solver=None,
+             preview=None, tokens=None, prefix_image=None, prefix_tokens=None, **options):
+    """Return images (B, 3, h, w) in -1 .. 1 for labels (B,), and a dict of facts about each.
+
+    A group's diffusion step is taken as soon as its tokens are there, on CUDA beside the next
+    tokens (Sec. 3.3). on_step(images) gets the preview after each step. With `tokens` the image is
+    the preview that so many tokens allow (Table 5). The first prefix_tokens codes come from a
+    picture file (Fig. 6); the fact distance_to_reference (B,) is the root mean square difference
+    from that picture. options: see Llama.stream. Raise UserError for options out of range.
+    """
+    c = tokenizer.config
+    if tokens is not None and not c.group_size <= tokens <= c.queries:
+        raise UserError(f"--tokens {tokens}: from {c.group_size} (one group) to {c.queries}")
+    picture, prefix = encoded_prefix(tokenizer, prefix_image, prefix_tokens)
+    start = noise.normal((3, c.image_size, c.image_size))
+    decoding = Decoding(tokenizer, start, on_step, steps=steps, solver=solver, preview=preview)
+    side = side_stream(start.device)
+    for codes in model.stream(labels, noise, prefix=prefix, tokens=tokens, **options):
+        if codes.shape[1] in decoding.ends:
+            if side:
+                side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):                          # of None: no effect
+                decoding.take(codes)
+    if side:
+        torch.cuda.current_stream().wait_stream(side)
+    images = decoding.image.clamp(-1, 1)
+    if picture is None:
+        return images, {}
+    return images, {"distance_to_reference": (images - picture).square().mean((1, 2, 3)).sqrt()}
+
+
+def compile_steps(model, tokenizer):
+    """Compile what sampling repeats: the step of a token and the pixel decoder.
+
+    The decoder is not recorded as a CUDA graph: graphs share their memory, and it may run beside a
+    token's step on another stream.
+    """
+    model.step = common.compiled(model.step)
+    model.kept_cache = common.KeyValueCache()
+    tokenizer.pixels.compile()
+
+
+def check(model, tokenizer):
+    """Raise UserError if the model was made for another kind of tokenizer."""
+    for name in ("queries", "codebook", "image_size"):
+        has = getattr(tokenizer.config, name)
+        needs = getattr(model.config.tokenizer, name)
+        if has != needs:
+            raise UserError(f"the tokenizer has {name} {has}, the model needs {needs}")
+
+
+# --- Stages: what is trained, in order, and how ---------------------------------------------------
+
+def random_scale_crop(image, size, rng):
+    """Views: a random square of the picture at 1 to 1.25 times the size, and its mirror image."""
+    image = common.shrink(image, int(rng.integers(size, math.ceil(size / 0.8) + 1)))
+    left = rng.integers(image.width - size + 1)
+    top = rng.integers(image.height - size + 1)
+    crop = common.cut(image, size, left, top)
+    return [crop, common.mirror(crop)]
+
+
+def ten_crops(image, size, rng):
+    """Views: corners and centre of the picture at 1.1 times the size, and their mirror images."""
+    image = common.centre_crop(image, int(size * 1.1))
+    far = image.width - size
+    corners = ((0, 0), (far, 0), (0, far), (far, far), (far // 2, far // 2))
+    crops = [common.cut(image, size, left, top) for left, top in corners]
+    return crops + [common.mirror(crop) for crop in crops]
+
+
+def build_tokenizer(config):
+    """Return the tokenizer of a Config."""
+    return Tokenizer(config.tokenizer)
+
+
+def tokenizer_views(config):
+    """Return the views that the tokenizer is trained on."""
+    return random_scale_crop if config.crops == 10 else common.centre
+
+
+def ar_views(config):
+    """Return the views whose codes the AR model is trained on."""
+    return ten_crops if config.crops == 10 else common.centre
 
 
 def load_tokenizer(path):
-    """A tokenizer from a file of this project or a released one. Raises UserError if it does not fit."""
-    content = common.read(path)
-    with common.foreign(path, "not a tokenizer"):
-        if "stage" not in content:
-            tokenizer = load_official(path)
-            if isinstance(tokenizer, Tokenizer):
-                return tokenizer
-        if content.get("stage") != "tokenizer":
-            raise UserError(f"{path} holds an AR model, not a tokenizer")
-        tokenizer = Tokenizer(common.rebuild(TokenizerConfig, content["config"]["tokenizer"], path))
-        common.load_strict(tokenizer, content["model"], path)
-        return tokenizer.eval().requires_grad_(False)
+    """Return the frozen tokenizer of a checkpoint, ours or released, or raise UserError."""
+    content = common.read_checkpoint(path)
+    with common.untrusted(path, "not a tokenizer"):
+        if content.get("stage") == "tokenizer":
+            config = common.rebuild(TokenizerConfig, content["config"]["tokenizer"])
+            tokenizer = Tokenizer(config)
+            common.load_strict(tokenizer, content["model"], path)
+            return tokenizer.eval().requires_grad_(False)
+    tokenizer = load_official(path)
+    if not isinstance(tokenizer, Tokenizer):
+        raise UserError(f"{path} holds an AR model, not a tokenizer")
+    return tokenizer
 
 
 IMAGENET = 1281167  # training images: the paper counts the tokenizer's training in steps
-PAPER_TOKENIZER = Recipe(lr=2e-4, batch=1024, epochs=210_000 * 1024 / IMAGENET, warmup=500 / 210_000, weight_decay=0.0,
-                         clip=1.0, ema=0.999)
-PAPER_AR = Recipe(lr=4e-4, batch=1024, epochs=300, decay=50 / 300, final=1e-5 / 4e-4, weight_decay=0.05, clip=1.0)
-TOKENIZER = Stage(
-    "tokenizer", build=lambda c: Tokenizer(c.tokenizer), ready=judged, load=load_tokenizer, preview=reconstructions,
-    carry=lambda name, old, shape: None,
-    recipes={"tiny": Recipe(lr=3e-3, batch=16, epochs=1.6, warmup=0.02, decay=0.4, weight_decay=0.0, clip=1.0,
-                            ema=0.998),
-             "b": dataclasses.replace(PAPER_TOKENIZER, batch=256, epochs=50_000 * 256 / IMAGENET, warmup=500 / 50_000),
-             **dict.fromkeys(("l", "xl", "xxl"), PAPER_TOKENIZER)},
-    augment=lambda c: common.random_scale_crop if c.crops == 10 else common.centre_crop)
-AR = Stage(
-    "ar", build=Llama, first="tokenizer", codes=lambda tokenizer, codes: codes.long(),
-    recipes={"tiny": Recipe(lr=2e-3, batch=64, epochs=1.1, warmup=0.03, decay=0.5, weight_decay=0.05, clip=1.0,
-                            ema=0.998),
-             "b": dataclasses.replace(PAPER_AR, epochs=50), **dict.fromkeys(("l", "xl", "xxl"), PAPER_AR)},
-    augment=lambda c: common.one_of_ten_crops if c.crops == 10 else common.centre_crop,
-    views=lambda c: common.ten_crops if c.crops == 10 else common.centre_only,
-    carry=lambda name, old, shape: None,
-    preview=lambda model, tokenizer, images, labels, noise: generate(model, tokenizer, labels, noise)[0])
-STAGES = [TOKENIZER, AR]
+PAPER_TOKENIZER = Recipe(
+    lr=2e-4, batch=1024, epochs=210_000 * 1024 / IMAGENET, warmup=500 / 210_000, weight_decay=0.0,
+    clip=1.0, ema=0.999)
+PAPER_AR = Recipe(lr=4e-4, batch=1024, epochs=300, decay=50 / 300, final=1e-5 / 4e-4,
+                  weight_decay=0.05, clip=1.0)
+TOKENIZER_RECIPES = {
+    "tiny": Recipe(lr=3e-3, batch=16, epochs=1.6, warmup=0.02, decay=0.4, weight_decay=0.0,
+                   clip=1.0, ema=0.998),
+    "b": dataclasses.replace(PAPER_TOKENIZER, batch=256, epochs=50_000 * 256 / IMAGENET,
+                             warmup=500 / 50_000),
+    "l": PAPER_TOKENIZER, "xl": PAPER_TOKENIZER, "xxl": PAPER_TOKENIZER}
+AR_RECIPES = {
+    "tiny": Recipe(lr=2e-3, batch=64, epochs=1.1, warmup=0.03, decay=0.5, weight_decay=0.05,
+                   clip=1.0, ema=0.998),
+    "b": dataclasses.replace(PAPER_AR, epochs=50),
+    "l": PAPER_AR, "xl": PAPER_AR, "xxl": PAPER_AR}
+STAGES = [
+    Stage("tokenizer", build_tokenizer, TOKENIZER_RECIPES, tokenizer_views, load=load_tokenizer),
+    Stage("ar", Llama, AR_RECIPES, ar_views, first_stage="tokenizer")]
 
 
-# --- Released checkpoints ---------------------------------------------------------------------------------------------
+# --- Released checkpoints -------------------------------------------------------------------------
 
-RELEASED = [  # released name -> ours
-    (r"^query_embedding", "query_table"), (r"^quant_in_conv", "to_code"), (r"^quant_out_conv", "from_code"),
-    (r"^quantize\.", "quantizer."), (r"^decoder_embedding", "positions"), (r"^diff_decoder\.net\.", "pixels."),
-    (r"cond_mlp", "condition"), (r"conv_in", "input"), (r"conv_out", "output"), (r"repa_out", "repa"),
-    (r"cross_attn", "cross"), (r"adaLN_modulation\.1", "modulation"), (r"time_embed\.mlp", "time"),
-    (r"cond_embed", "condition"),
-    (r"^cls_embedding\.embedding_table", "class_embed"), (r"^tok_embeddings", "token_embed")]
-FIELDS = {  # released configuration -> ours, for what shapes do not tell
+# Released name -> ours.
+RELEASED = r"""
+^query_embedding                -> query_table
+^quant_in_conv                  -> to_code
+^quant_out_conv                 -> from_code
+^quantize\.                     -> quantizer.
+^decoder_embedding              -> positions
+^diff_decoder\.net\.            -> pixels.
+cond_mlp                        -> condition
+conv_in                         -> input
+conv_out                        -> output
+repa_out                        -> repa
+cross_attn                      -> cross
+adaLN_modulation\.1             -> modulation
+time_embed\.mlp                 -> time
+cond_embed                      -> condition
+mlp\.fc1                        -> mlp.0
+mlp\.fc2                        -> mlp.2
+^cls_embedding\.embedding_table -> class_embed
+^tok_embeddings                 -> token_embed
+\.(attention|feed_forward)\.w   -> .w
+"""
+FIELDS = {  # field of the released configuration -> ours, where shapes do not tell
     "num_all_queries": "queries", "num_query_groups": "groups", "num_denoising_steps": "steps",
-    "sampling_resolution": "image_size", "time_shift": "beta", "data_std": "data_std", "repa_layer": "repa_layer"}
+    "sampling_resolution": "image_size", "time_shift": "beta", "data_std": "data_std",
+    "repa_layer": "repa_layer"}
 
 
-def renamed(state):
-    """A released state dict under this file's names, in float32; 1x1 convolutions are linear layers here."""
-    state = {re.sub(r"^(_orig_mod\.|module\.)+", "", k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    state.pop("quantize.codebook_used", None)  # a monitor
-    for old, new in RELEASED:
-        state = {re.sub(old, new, k): v for k, v in state.items()}
-    return {k: (v[:, :, 0, 0] if v.shape[2:] == (1, 1) else v).float() for k, v in state.items()}
+def with_our_names(state):
+    """Return a released state dict with the names of this file, in float32."""
+    state = common.renamed(state, RELEASED)
+    state.pop("quantizer.codebook_used", None)  # a monitor
+    for name, value in state.items():
+        if value.shape[2:] == (1, 1):           # a 1x1 convolution is a linear layer here
+            state[name] = value[:, :, 0, 0]
+    return state
 
 
 def load_official(path, **overrides):
-    """The tokenizer or the AR model in a released checkpoint (or one of LlamaGen's layout), ready to use.
+    """Return the tokenizer or the AR model in a released checkpoint; the latter also of LlamaGen.
 
-    The tokenizer's EMA weights if the file has them; an AR file's plain ones, as its authors do. The configuration
-    comes from the shapes and, for what shapes do not tell, from the one in the file, else the published one. overrides:
-    fields of TokenizerConfig or Config. Strict: raises UserError for an entry that is missing, extra or misshapen.
+    A tokenizer's EMA weights are used if the file has them, an AR model's plain ones, as its
+    authors do. The configuration follows from the shapes; what they do not tell is read from the
+    file, or else as published. overrides: fields of TokenizerConfig or Config. Raise UserError for
+    an entry that is missing, extra or misshapen.
     """
-    content = common.read(path)
-    with common.foreign(path, "not a D-AR checkpoint"):
-        plain = next((content[k] for k in ("model", "module", "state_dict") if isinstance(content.get(k), dict)), None)
-        state = plain or content.get("ema") or content
-        if not any("quant_in_conv" in k for k in state):
+    content = common.read_checkpoint(path)
+    with common.untrusted(path, "not a D-AR checkpoint"):
+        state = common.unwrap(content, "model", "module", "state_dict", "ema")
+        if not any("quant_in_conv" in name for name in state):
             return ar_from_released(state, path, **overrides)
         config = content.get("config", {})
-        config = config if isinstance(config, dict) else getattr(config, "_data", {})
-        return tokenizer_from_released(content.get("ema") or state, config.get("model", {}), path, **overrides)
+        config = getattr(config, "_data", config)
+        state = common.unwrap(content, "ema", "model", "module", "state_dict")
+        return tokenizer_from_released(state, config.get("model", {}), path, **overrides)
 
 
-def count(pattern, state):
-    """How many layers have names that begin like this."""
-    return 1 + max(int(m[1]) for m in (re.match(pattern, k) for k in state) if m)
-
-
-def tokenizer_from_released(state, released=None, path="the checkpoint", **overrides):
-    """The tokenizer of a released state dict. released: its configuration, a dict (see load_official)."""
-    state = renamed(state)
-    released = {**(released or {}), **(released or {}).get("diff_decoder", {})}
-    given = {FIELDS[k]: v for k, v in released.items() if k in FIELDS}
-    expected = {"vq_enable": True, "query_low_rank": True, "mlp_head": False, "share_time_encoding": False,
-                "rope_base_len": 10000, "output_resolution": 0,
-                "queries_per_step": given.get("queries", 256) // given.get("groups", 8)}
-    try:
-        if odd := [k for k, v in expected.items() if released.get(k, v) != v]:
-            raise ValueError(f"no published model has this {', '.join(odd)}")
-        shape = {k: v.shape for k, v in state.items()}
-        found = dict(patch=shape["patchify.weight"][2], dim=shape["patchify.weight"][0],
-                     depth=count(r"encoder_layers\.(\d+)", state), query_rows=shape["query_table.weight"][0],
-                     query_rank=shape["query_table.weight"][1], codebook=shape["quantizer.embedding.weight"][0],
-                     code_dim=shape["quantizer.embedding.weight"][1], decoder_dim=shape["from_code.weight"][0],
-                     decoder_depth=count(r"decoder_layers\.(\d+)", state), pixel_dim=shape["pixels.input.weight"][0],
-                     pixel_patch=math.isqrt(shape["pixels.input.weight"][1] // 3),
-                     pixel_depth=count(r"pixels\.blocks\.(\d+)", state))
-        if "pixels.repa.0.weight" not in state:
-            found["repa_layer"] = 0
-        tokenizer = Tokenizer(TokenizerConfig(**{**given, **found, **overrides}))
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: not a D-AR tokenizer ({error})") from None
+def tokenizer_from_released(state, released, path="the checkpoint", **overrides):
+    """Return the tokenizer of a released state dict. released: its configuration, a dict."""
+    state = with_our_names(state)
+    released = {**released, **released.get("diff_decoder", {})}
+    fields = {ours: released[name] for name, ours in FIELDS.items() if name in released}
+    dim, _, patch, _ = state["patchify.weight"].shape
+    query_rows, query_rank = state["query_table.weight"].shape
+    codebook, code_dim = state["quantizer.embedding.weight"].shape
+    pixel_dim, channels = state["pixels.input.weight"].shape
+    if "pixels.repa.0.weight" not in state:
+        fields["repa_layer"] = 0
+    fields.update(
+        dim=dim, patch=patch, query_rows=query_rows, query_rank=query_rank, codebook=codebook,
+        code_dim=code_dim, decoder_dim=len(state["from_code.weight"]), pixel_dim=pixel_dim,
+        pixel_patch=math.isqrt(channels // 3),
+        depth=len(common.numbered(state, r"encoder_layers\.(\d+)")),
+        decoder_depth=len(common.numbered(state, r"decoder_layers\.(\d+)")),
+        pixel_depth=len(common.numbered(state, r"pixels\.blocks\.(\d+)")))
+    tokenizer = Tokenizer(TokenizerConfig(**{**fields, **overrides}))
     common.load_strict(tokenizer, {**state, "quantizer.age": tokenizer.quantizer.age}, path)
     return tokenizer.eval().requires_grad_(False)
 
 
 def ar_from_released(state, path="the checkpoint", **overrides):
-    """The AR model of a released state dict (see load_official)."""
-    state = renamed(state)
-    try:
-        V, D = state["token_embed.weight"].shape
-        preset = next((p for p in PRESETS.values() if p.dim == D and p.depth > 4), Config())
-        fields = dict(dim=D, depth=count(r"layers\.(\d+)", state), heads=max(D // HEAD, 1), cfg=preset.cfg,
-                      lpips_weight=0.0, repa_weight=0.0, classes=len(state["class_embed.weight"]) - 1)
-        tokenizer = TokenizerConfig(codebook=V)
-        model = Llama(Config(**{"tokenizer": tokenizer, **fields, **overrides}))
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: not a D-AR checkpoint ({error})") from None
+    """Return the AR model of a released state dict."""
+    state = with_our_names(state)
+    codebook, dim = state["token_embed.weight"].shape
+    fields = dict(
+        dim=dim, heads=dim // 64, depth=len(common.numbered(state, r"layers\.(\d+)")),
+        classes=len(state["class_embed.weight"]) - 1, tokenizer=TokenizerConfig(codebook=codebook),
+        cfg=next((preset.cfg for preset in PRESETS.values() if preset.dim == dim), Config.cfg))
+    model = Llama(Config(**{**fields, **overrides}))
     common.load_strict(model, state, path)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def main():
-    """Prints the presets with their parameter counts, and walks one batch through the tiny one."""
+    """Print the presets with their parameter counts, and walk one batch through the tiny model."""
     def parameters(module):
         return sum(p.numel() for p in module.parameters())
 
+    print("size        AR model  published      tokenizer")
     with torch.device("meta"):
-        print("tokenizer  N  K  codes  D (encoder, causal, pixels)  blocks    parameters  without REPA head  published")
-        for name, c in (("tiny", TINY_TOKENIZER), ("b", ABLATION), ("others", TokenizerConfig())):
-            whole, plain = (parameters(Tokenizer(dataclasses.replace(c, repa_layer=r))) for r in (c.repa_layer, 0))
-            print(f"{name:7s} {c.queries:4d} {c.groups:2d} {c.codebook:6d}   {c.dim:7d} {c.decoder_dim:7d}"
-                  f" {c.pixel_dim:7d}   {c.depth:2d}, {c.decoder_depth}, {c.pixel_depth:2d} {whole:13,d} {plain:18,d}"
-                  f"  {dict(others='300M', b='113M').get(name, '-'):>9s}")
-        print("\nAR model  D  heads  blocks     parameters  published")
         for name, c in PRESETS.items():
-            print(f"{name:6s} {c.dim:4d} {c.heads:6d} {c.depth:7d} {parameters(Llama(c)):14,d}"
-                  f"  {PUBLISHED.get(name, '-'):>9s}")
+            print(f"{name:5s} {parameters(Llama(c)):14,d} {PUBLISHED.get(name, '-'):>10s}"
+                  f" {parameters(Tokenizer(c.tokenizer)):14,d}")
+    print("Published tokenizers: 113M for b; 300M for the others, without 7M of the REPA head.")
     config = PRESETS["tiny"]
-    print("\nTokenizer: images (2, 3, 32, 32) through Tokenizer.forward")
     tokenizer = Tokenizer(config.tokenizer)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
-    loss = common.walk(tokenizer, images)
-    print("  loss:", {k: round(v.item(), 3) for k, v in loss.items()})
+    print("\nTokenizer.forward of images (2, 3, 32, 32)")
+    print(f"  loss {common.walk(tokenizer, images)['loss'].item():.3f}")
     codes = tokenizer.encode(images).long()
-    print(f"\nAR model: codes {tuple(codes.shape)} and labels (2,) through Llama.forward")
-    loss = common.walk(Llama(config), codes, torch.tensor([0, 1]))
-    print("  loss:", {k: round(v.item(), 3) for k, v in loss.items()})
+    print("\nLlama.forward of codes (2, 64) and labels (2,)")
+    print(f"  loss {common.walk(Llama(config), codes, torch.tensor([0, 1]))['loss'].item():.3f}")
 
 
 if __name__ == "__main__":
-    common.command(main)
+    common.run_script(main)

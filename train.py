@@ -1,563 +1,630 @@
-"""Trains any of the models, stage by stage: the loop, and only the loop.
+"""Train any of the models, stage by stage: the loop, and only the loop.
 
     python train.py --model transdiff                                 # drawn shapes, on a laptop
     python train.py --model dar --data fashion-mnist
     python train.py --model madformer --data FOLDER --set diffusion_depth=2
-    python train.py --model transdiff --data fashion-mnist --fid-every 500   # FD-classifier, logged
+    python train.py --model transdiff --data fashion-mnist --fid-every 500
     torchrun --nproc_per_node 8 train.py --model dar --size l --data /data/imagenet --accumulate 4
     torchrun --nproc_per_node 8 train.py --model transdiff --size l --data DIR --vae kl16.ckpt
 
-A run lives in runs/<model>/<stage>/: config.json, model.pt (EMA weights, for sample.py), state.pt
-(to go on from), log.jsonl, samples/. The same command goes on where it stopped; finished stages are
-skipped. The models say what is trained and how in their STAGES; everything drawn at random follows
-from (seed, step, micro-batch), so the step number alone is enough to resume, bit for bit.
+A run lives in runs/<model>/<stage>/: config.json, model.pt (averaged weights, for sample.py),
+state.pt (to resume), log.jsonl, samples/. The same command resumes where it stopped and skips
+finished stages. All randomness follows from (seed, step, micro-batch) and, for data, from
+(seed, epoch, image), so the step and the number of samples seen are enough to resume bit for bit.
 """
 import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
-import itertools
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.parallel import DistributedDataParallel
 
 import common
-import dar
 import fid
-import madformer
-import transdiff
 from common import UserError
 
-MODELS = {"transdiff": transdiff, "dar": dar, "madformer": madformer}
-COLUMNS = 8  # pictures per class in the grids
+COLUMNS = 8  # pictures per class in a grid
 
 
 def arguments():
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", choices=MODELS, required=True)
-    add("--size", default="tiny", help="preset of the model file (default: tiny); b, l, ... are the papers'")
-    add("--stage", default="all", help="one stage, or all: each in order, finished ones skipped (default)")
-    add("--data", default="shapes", help="shapes, mnist, fashion-mnist, cifar10, or a FOLDER of class folders")
-    add("--data-root", default="data", help="where named data sets are, or are downloaded to")
-    add("--image-size", type=int, help="pixels (default: the preset's)")
-    add("--vae", metavar="FILE", help="a published KL-VAE, instead of training one (transdiff, madformer)")
-    add("--tokenizer", metavar="FILE", help="a trained or published tokenizer, instead of training one (dar)")
-    add("--init", metavar="FILE", help="weights to start from: of another stage, another size, or a released file")
-    add("--out", help="where the run lives (default: runs/<model>)")
-    add("--fresh", action="store_true", help="begin anew where there is a run already")
-    add("--steps", type=int, help="optimizer steps per stage (default: from the recipe's epochs)")
+    add("--model", required=True, help="transdiff, dar, madformer, or a model file of your own")
+    add("--size", default="tiny", help="preset of the model file (default: tiny)")
+    add("--stage", default="all", help="one stage, or all in order (default)")
+    add("--data", default="shapes", help="shapes, mnist, fashion-mnist, cifar10, or a FOLDER")
+    add("--data-root", default="data", help="where named data sets are or are downloaded to")
+    add("--image-size", type=common.positive, help="pixels (default: the preset's)")
+    add("--vae", "--tokenizer", dest="first_stage", metavar="FILE",
+        help="a published or trained first stage, instead of training one")
+    add("--init", metavar="FILE", help="weights to start from: of another size, or released")
+    add("--out", type=Path, help="folder of the run (default: runs/<model>)")
+    add("--fresh", action="store_true", help="delete what the run has and start again")
+    add("--steps", type=common.positive, help="optimizer steps per stage (default: by epochs)")
     add("--epochs", type=float, help="passes over the data per stage (default: the recipe's)")
-    add("--batch-size", type=int, help="samples per optimizer step over all ranks and micro-batches")
-    add("--accumulate", type=int, default=1, help="micro-batches per optimizer step and rank")
+    add("--batch-size", type=common.positive, help="samples per optimizer step over all ranks")
+    add("--accumulate", type=common.positive, default=1, help="micro-batches per step and rank")
     add("--lr", type=float, help="learning rate (default: the recipe's)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on CUDA, else fp32")
-    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, but not for tiny")
-    add("--recompute", action="store_true", help="keep no activations inside blocks, compute them again: less memory,"
-                                                 " a third more work")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, not for tiny")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    add("--workers", type=int, help="processes that load images (default: up to 4)")
-    add("--cache", metavar="DIR", help="where latents or tokens are cached (default: <out>/cache); off: made anew")
-    add("--log-every", type=int, default=50, metavar="N", help="steps (default: 50)")
-    add("--save-every", type=int, default=500, metavar="N", help="steps (default: 500)")
-    add("--sample-every", type=int, default=1000, metavar="N", help="steps between sample grids (default: 1000)")
-    add("--fid-every", type=int, metavar="N", help="steps between evaluations of samples (default: never; not of a VAE"
-                                                 " or tokenizer)")
-    add("--fid-samples", type=int, default=1000, metavar="M", help="images that are evaluated (default: 1000)")
-    add("--fid-reference", metavar="SET", help="as REFERENCE of fid.py (default: the data, or the test images of a"
-                                                     " named set)")
-    add("--fid-features", choices=("inception", "classifier"), help="default: classifier for tiny, else inception")
+    add("--workers", type=common.natural, help="processes that load images (default: up to 4)")
+    add("--cache", metavar="DIR", help="for latents or tokens (default: <out>/cache), or off")
+    add("--log-every", type=common.positive, default=50, metavar="STEPS")
+    add("--save-every", type=common.positive, default=500, metavar="STEPS")
+    add("--keep-every", type=common.positive, metavar="STEPS", help="also keep numbered weights")
+    add("--sample-every", type=common.positive, default=1000, metavar="STEPS")
+    add("--fid-every", type=common.positive, metavar="STEPS", help="evaluate samples")
+    add("--fid-samples", type=common.positive, default=1000, metavar="N")
     add("--tensorboard", action="store_true", help="also log to TensorBoard, if it is installed")
-    add("--seed", type=int, default=0)
-    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="override fields of the model's Config")
+    add("--seed", type=common.natural, default=0)
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="override fields of the Config")
     args = parser.parse_args()
-    for name in ("image_size", "steps", "epochs", "batch_size", "accumulate", "lr", "log_every", "save_every",
-                 "sample_every", "fid_every"):
-        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} is more than 0, not {value}")
     if args.steps and args.epochs:
-        parser.error("--steps or --epochs says how long: not both")
-    if (args.workers or 0) < 0:
-        parser.error(f"--workers is 0 or more, not {args.workers}")
-    if (args.fid_reference or args.fid_features) and not args.fid_every:
-        parser.error("--fid-reference and --fid-features belong to --fid-every")
-    if not 0 <= args.seed < 2**64:
-        parser.error(f"--seed is 0 or more, of 64 bits, not {args.seed}")
-    if args.fid_samples < 4:
-        parser.error(f"--fid-samples is 4 or more, not {args.fid_samples}")
-    args.out = Path(args.out or f"runs/{args.model}")
+        parser.error("give --steps or --epochs, not both")
+    args.out = args.out or Path("runs", args.model)
     return args
 
 
+@dataclass
+class Run:
+    """A stage in training: what is trained, on what, how, and how far it has come."""
+    args: argparse.Namespace
+    process: common.Process
+    model_file: ModuleType            # transdiff, dar, ...
+    stage: common.Stage
+    config: object
+    recipe: common.Recipe
+    data: common.Data
+    folder: Path
+    first_stage: nn.Module | None     # frozen; the network is trained on its codes
+    first_stage_path: str | None      # for sample.py, relative to the folder
+    network: nn.Module
+    ema: nn.Module
+    optimizer: torch.optim.Optimizer
+    order: common.Order
+    micro: int                        # samples of a micro-batch of one rank
+    step: int = 0                     # optimizer steps taken
+    seen: int = 0                     # samples used in them
+    steps: int = 0                    # optimizer steps at the end
+
+
 def main():
-    """All asked-for stages, in order."""
+    """Train all requested stages in order."""
     args = arguments()
-    rank, world, device = common.distributed(args.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    model = MODELS[args.model]
-    names = [stage.name for stage in model.STAGES]
-    if args.size not in model.PRESETS:
-        raise UserError(f"--size {args.size}: {args.model} has {', '.join(model.PRESETS)}")
-    if args.stage not in (*names, "all"):
-        raise UserError(f"--stage {args.stage}: {args.model} has {', '.join(names)}, or all")
-    for name in ("vae", "tokenizer"):
-        if getattr(args, name) and (name not in names or args.stage == name):
-            raise UserError(f"--{name}: " + (f"{name} is not trained where one is given" if name in names else
-                                             f"{args.model} has none"))
-    if args.init and not (able := [s.name for s in model.STAGES if s.carry and args.stage in (s.name, "all")]):
-        raise UserError(f"--init: stage {args.stage} always begins afresh")
-    if args.init and args.stage == "all" and len([s for s in model.STAGES if s.carry and not s.start]) > 1:
-        raise UserError(f"--init: say which stage starts from it, --stage {' or '.join(able)}")
-    preset = model.PRESETS[args.size]
-    if args.fid_every and args.fid_reference:
-        fid.Source(args.fid_reference, data_root=args.data_root)  # a mistake shows now, not after the first stage
+    model_file = common.load_model(args.model)
+    process = common.launch(args.device, args.precision)
+    names = [stage.name for stage in model_file.STAGES]
+    if args.size not in model_file.PRESETS:
+        raise UserError(f"--size {args.size}: choose from {', '.join(model_file.PRESETS)}")
+    if args.stage not in ("all", *names):
+        raise UserError(f"--stage {args.stage}: choose from {', '.join(names)}, or all")
+    preset = model_file.PRESETS[args.size]
     data = common.load_data(args.data, args.data_root, args.image_size or preset.image_size)
-    if rank == 0:
+    if process.rank == 0:
         print(f"data {data.name}: {len(data.labels):,} images, {len(data.classes)} classes")
-    for stage in model.STAGES:
-        if args.stage not in ("all", stage.name) or getattr(args, stage.name, None):
-            continue  # not asked for, or its published weights are given (--vae)
-        if args.size not in stage.recipes:
-            if stage.load:
-                raise UserError(f"size {args.size} is trained with a published {stage.name}: give"
-                                f" --{stage.name} FILE")
-            if args.stage == "all":
-                continue  # nothing was published of this stage at this size
-            raise UserError(f"there is no recipe for stage {stage.name} at size {args.size}")
-        first, first_path = frozen(args, stage, device)
-        try:
-            known = {stage.first: first.config} if first else {}  # e.g. vae=the config of the VAE that there is
-            known |= {stage.names: tuple(data.classes)} if stage.names else {}
-            config = dataclasses.replace(preset, classes=len(data.classes), **known,
-                                         image_size=args.image_size or preset.image_size)
-            config = common.override(stage.config(config), args.set)
-        except ValueError as error:
-            raise UserError(f"this configuration is impossible: {error}") from None
-        if first and (asked := getattr(config, stage.first)) != first.config:
-            raise UserError(f"the {stage.first} in {first_path} is another one: {differences(first.config, asked)}")
-        with common.locked(args.out / f".{stage.name}.lock") if rank == 0 else contextlib.nullcontext():
-            train(args, stage, config, data, first, first_path, rank, world, device)
-    if world > 1:
+    for stage in model_file.STAGES:
+        if is_trained(stage, args):
+            run = prepare(args, process, model_file, stage, data)
+            if run.step < run.steps:
+                train(run)
+            elif process.rank == 0:
+                print(f"stage {stage.name}: {run.step} steps are done")
+    if process.world > 1:
         dist.destroy_process_group()
 
 
-def train(args, stage, config, data, first, first_path, rank, world, device):
-    """One stage, from its last saved state to its end. `first` is the frozen stage whose codes it eats, or None."""
-    recipe = stage.recipes[args.size]
-    recipe = dataclasses.replace(recipe, lr=args.lr or recipe.lr, batch=args.batch_size or recipe.batch,
-                                 epochs=args.epochs or recipe.epochs)
-    micro, rest = divmod(recipe.batch, world * args.accumulate)
-    if rest:
-        raise UserError(f"a batch of {recipe.batch} does not divide into {world} ranks x {args.accumulate}"
-                        " micro-batches: change --batch-size or --accumulate")
-    group = stage.group(config)
-    order = common.Order(data.labels, micro, group, args.seed)
-    steps = args.steps or max(1, round(recipe.epochs * order.length / recipe.batch))
-    precision = args.precision or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
-    compiled = args.compile if args.compile is not None else device.type == "cuda" and args.size != "tiny"
-    workers = args.workers if args.workers is not None else min(4, os.cpu_count()) * (sys.platform == "linux")
-    folder = args.out / stage.name
-    with common.rank_zero_first():
-        if rank == 0 and args.fresh:
-            shutil.rmtree(folder, ignore_errors=True)
+def is_trained(stage, args):
+    """Say whether this command trains the stage. Raise UserError if it should but cannot."""
+    given = args.first_stage is not None and stage.load is not None
+    wanted = args.stage == stage.name
+    if given and wanted:
+        raise UserError(f"--stage {stage.name}: a trained one is given, nothing is left to do")
+    if given or not wanted and args.stage != "all":
+        return False
+    if args.size not in stage.recipes and stage.load:
+        raise UserError(f"size {args.size} needs --{stage.name} FILE, a published {stage.name}")
+    if args.size not in stage.recipes and wanted:
+        raise UserError(f"no recipe for stage {stage.name} at size {args.size}")
+    return args.size in stage.recipes  # not every stage was published at every size
 
-    # What is trained, on what, from where.
-    torch.manual_seed(args.seed)
-    module = stage.build(config).to(device)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and stage.trains(config, name))
-    ema = copy.deepcopy(module).float().eval().requires_grad_(False)
-    optimizer = adamw(module, stage, recipe, device)
-    state, damaged = resume(folder, module, ema, optimizer, config, rank)
-    step, seen = state.get("step", 0), state.get("seen", 0)
-    if len(set(common.gather(torch.tensor([step], device=device)).tolist())) > 1:
-        raise UserError(f"the ranks found different states in {folder}: is it on a disk that all machines share?")
-    if seen != step * recipe.batch and not args.steps:  # another batch size: the epochs stay
-        steps = step + max(0, math.floor((recipe.epochs * order.length - seen) / recipe.batch + 0.5))
-    if step >= steps:
-        if rank == 0:
-            print(f"stage {stage.name}: {step} steps are done")
-        return
-    order.shift = seen - step * recipe.batch  # not 0 if an earlier part had another batch size
-    if not step:
-        begin(args, stage, config, module, rank)
-        ema.load_state_dict(module.state_dict())
-    if first and args.cache != "off":
-        views = stage.views(config)
-        source = common.Stored(common.cached(args.cache or args.out / "cache", data, config.image_size, first, views,
-                                             workers), data.labels, args.seed)
-        workers = 0
-    else:
-        source = common.Pictures(data, config.image_size, stage.augment(config), args.seed)
-    meta = {"family": args.model, "size": args.size, "stage": stage.name, "data": data.name, "classes": data.classes,
-            "first": first_path, "config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe),
-            "steps": steps, "seed": args.seed, "precision": precision, "ranks": world, "torch": str(torch.__version__)}
 
-    def describe():
-        with common.atomic(folder / "config.json") as f:
-            f.write(json.dumps(meta, indent=1).encode())
-
-    if rank == 0:
-        changed = changes(state["meta"], {**meta, **meta["recipe"]}) if step else ""
-        describe()
-        count = sum(p.numel() for p in module.parameters())
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        print(f"stage {stage.name}: {count:,} parameters, {trained:,} of them trained; {config.image_size} px; steps "
-              f"{step:,} to {steps:,} of {world} x {args.accumulate} x {micro} samples"
-              f"{f' of {group} images' * (group > 1)}; {device.type}, {precision}{', compiling' * compiled}; "
-              f"{memory(device):.2f} GB used{changed and f'; changed: {changed}'}")
-    judge = None
-    if first and args.fid_every:
-        judge = fid.Judge(args.fid_reference or args.data, size=config.image_size, data_root=args.data_root,
-                          features=args.fid_features or ("classifier" if args.size == "tiny" else "inception"),
-                          device=device)
-        judge.side  # a reference that is no good ends the stage before it begins
-    log = Log(folder, step, args.tensorboard) if rank == 0 else None
-    if rank == 0 and changed:
-        log(step=step, changed=changed)
-    stage.ready(module, config)
-    if args.recompute:
-        recompute(module)
-    if compiled:
-        module.compile()  # in place and before DDP: the names in state_dict stay as they are
-    wrapped = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False,
-                                                  gradient_as_bucket_view=True) if world > 1 else module
-    chunks = itertools.count(step * args.accumulate * world + rank, world)  # this rank's micro-batches of the whole run
-    batches = iter(torch.utils.data.DataLoader(
-        source, batch_sampler=(order(k) for k in chunks), num_workers=workers, pin_memory=device.type == "cuda",
-        worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN)))
-    probe, shown, row_names = probes(data, config.image_size)
-
-    def checkpoint():
-        nonlocal damaged
-        if rank == 0:
-            stage.finish(ema, probe["many"].to(device))
-            describe()
-            common.save(folder / "model.pt", {**meta, "step": step, "model": ema.state_dict()})
-            common.save(folder / "state.pt", {
-                "step": step, "seen": step * recipe.batch + order.shift, "model": module.state_dict(),
-                "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "meta": meta},
-                keep=not damaged)  # a damaged state does not take the place of the good one before it
-        damaged = False
-
-    def grids():
-        if rank == 0:
-            stage.finish(ema, probe["many"].to(device))
-        mine = torch.arange(rank, len(shown) + -len(shown) % world, world) % len(shown)  # padded to equal shares
-        noise = common.Noise.of(args.seed, mine.tolist(), device)
-        with torch.no_grad():
-            pictures = stage.preview(ema, first, probe["grid"][mine].to(device), shown[mine].to(device), noise)
-        per = len(pictures) // len(mine)  # 2 where a picture stands beside its reconstruction
-        pictures = common.gather(common.to_uint8(pictures)).unflatten(0, (world, -1, per)).transpose(0, 1).flatten(0, 2)
-        if rank == 0:
-            sheet = common.grid(pictures[:len(shown) * per].cpu(), COLUMNS * per, row_names)
-            common.save_picture(folder / f"samples/step_{step:06d}.png", sheet)
-
-    def evaluate():
-        found, n = fid.Features(), args.fid_samples
-        mine = np.array_split(np.arange(n), world)[rank]
-        for index in np.array_split(mine, range(micro, len(mine), micro)) if len(mine) else ():
-            labels = torch.from_numpy(index * config.classes // n)  # balanced, in the order of sample.py
-            noise = common.Noise.of(args.seed, index.tolist(), device)
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                images, _ = MODELS[args.model].generate(ema, first, labels.to(device), noise)
-            found.add(*judge.look(common.to_uint8(images).permute(0, 2, 3, 1)),
-                      labels.numpy() if getattr(config, "text", True) else None)
-        numbers = judge.measure(found.gathered())
-        if rank == 0:
-            log(step=step, **numbers, features=judge.name)
-            common.tqdm.write(f"step {step}, EMA: {fid.line(numbers)}")
-
+def train(run):
+    """Train one stage from its last saved state to its end."""
+    args, process, recipe = run.args, run.process, run.recipe
+    evaluator = make_evaluator(run)
+    model = wrapped(run)
+    batches = iter(loader(run))
+    log = Log(run)
     stop = Stop()
-    skipped = in_a_row = 0
-    parts, waited, since, logged = {}, 0.0, time.perf_counter(), step
-    bar = common.progress(steps, stage.name, "step", rank, step)
-    while step < steps:
-        rate = recipe.rate(step, steps)
-        for settings in optimizer.param_groups:
-            settings["lr"] = rate
-        sums = {}
-        for micro_step in range(args.accumulate):
-            begun = time.perf_counter()
-            batch, labels = (x.to(device, non_blocking=True) for x in next(batches))
-            waited += time.perf_counter() - begun
-            reseed(args.seed, step, micro_step * world + rank)
-            batch = batch if batch.dtype != torch.uint8 else common.to_float(batch)
-            if first:
-                with torch.no_grad():
-                    lead = batch.shape[:2 if group > 1 else 1]
-                    flat = batch.flatten(0, len(lead) - 1)
-                    batch = stage.codes(first, flat if args.cache != "off" else first.encode(flat)).unflatten(0, lead)
-            last = micro_step == args.accumulate - 1
-            with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    out = wrapped(batch, labels)
-                (out["loss"] / args.accumulate).backward()
+    skipped, in_a_row = 0, 0
+    window, window_first, window_start = [], run.step, time.perf_counter()  # since the last line
+    bar = common.progress(run.steps, run.stage.name, "step", process.rank, run.step)
+    while run.step < run.steps:
+        rate = recipe.rate(run.step, run.steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        parts = {}
+        for micro in range(args.accumulate):
+            batch, labels = next(batches)
+            reseed(args.seed, run.step, micro * process.world + process.rank)
+            batch, labels = codes(run, batch), labels.to(process.device, non_blocking=True)
+            is_last = micro == args.accumulate - 1
+            with contextlib.nullcontext() if is_last or process.world == 1 else model.no_sync():
+                with process.autocast():
+                    out = model(batch, labels)
+                (out["loss"] / args.accumulate).backward()        # a mean over micro-batches
             for name, value in out.items():
-                sums[name] = sums.get(name, 0) + value.detach() / args.accumulate
-        norm = nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
-        finite = bool(torch.isfinite(norm + sums["loss"]))
-        halt, bad = anywhere(world, device, stop.asked, not finite)
+                parts[name] = parts.get(name, 0) + value.detach() / args.accumulate
+        parts["norm"] = nn.utils.clip_grad_norm_(run.network.parameters(), recipe.clip)
+        finite = torch.isfinite(parts["loss"] + parts["norm"])
+        halt, bad = on_any_rank(process, stop.requested, ~finite)  # the only wait for the device
         if bad:
             skipped, in_a_row = skipped + 1, in_a_row + 1
             if in_a_row == 10:
-                raise UserError(f"stage {stage.name}: loss or gradient not finite ten times in a row, up to step {step}"
-                                f"; {folder / 'state.pt'} holds the last good weights. Try a lower --lr")
+                raise UserError(f"loss or gradient not finite ten times in a row, up to step"
+                                f" {run.step}: {run.folder / 'state.pt'} has the last good"
+                                " weights; try a lower --lr")
         else:
             in_a_row = 0
-            optimizer.step()
-            common.update_ema(ema, module, min(recipe.ema, (1 + step) / (10 + step)))
-            for name, value in {**sums, "norm": norm}.items():
-                parts.setdefault(name, []).append(value)
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
+            run.optimizer.step()
+            decay = min(recipe.ema, (1 + run.step) / (10 + run.step))  # short runs need the ramp
+            common.update_ema(run.ema, run.network, decay)
+            window.append(parts)
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        run.seen += recipe.batch
         bar.update()
-        if step % args.log_every == 0 or step == steps or halt:
-            line = {name: mean_over_ranks(torch.stack(values).mean(), world) for name, values in parts.items()}
-            speed = (step - logged) * recipe.batch * group / (time.perf_counter() - since)
-            if rank == 0:
-                log(step=step, **line, lr=rate, skipped=skipped, images_per_s=speed, data_s=waited,
-                    memory_gb=memory(device))
-                bar.set_postfix_str(f"loss {line.get('loss', math.nan):.4f}, {speed:.0f} images/s")
-            parts, waited, since, logged = {}, 0.0, time.perf_counter(), step
-        if step % args.sample_every == 0 or step == steps:
-            grids()
-        if step % args.save_every == 0 or step == steps or halt:
-            checkpoint()
-        if judge and (step % args.fid_every == 0 or step == steps) and not halt:
-            begun = time.perf_counter()
-            evaluate()
-            since += time.perf_counter() - begun
+
+        finished = run.step == run.steps or halt
+        if run.step % args.log_every == 0 or finished:
+            means = mean_over_ranks(window, process.world)
+            images = (run.step - window_first) * recipe.batch * run.order.group
+            speed = images / (time.perf_counter() - window_start)
+            log(**means, lr=rate, skipped=skipped, images_per_s=speed,
+                memory_gb=peak_memory(process.device))
+            bar.set_postfix_str(f"loss {means.get('loss', math.nan):.4f}, {speed:.0f} images/s")
+            window, window_first, window_start = [], run.step, time.perf_counter()
+        if run.step % args.sample_every == 0 or finished:
+            save_grid(run)
+        if run.step % args.save_every == 0 or finished:
+            save(run)
+        if args.keep_every and run.step % args.keep_every == 0:
+            save_weights(run, f"model_{run.step:06d}.pt")
+        if evaluator and not halt and (run.step % args.fid_every == 0 or finished):
+            evaluate(run, evaluator, log)
         if halt:
-            bar.close()
-            if world > 1:
-                dist.barrier()  # nobody leaves while rank 0 is still writing
-            raise UserError(f"stopped at step {step} of stage {stage.name}; saved, the same command goes on from there")
+            raise UserError(f"stopped at step {run.step} of stage {run.stage.name}; saved: the same"
+                            " command resumes there")
     bar.close()
     stop.restore()
-    if world > 1:
-        dist.barrier()
-    if rank == 0:
-        print(f"stage {stage.name}: done, see {folder}/samples; weights in {folder / 'model.pt'}")
+    if process.rank == 0:
+        print(f"stage {run.stage.name}: done; {run.folder} has model.pt and samples/")
 
 
-def recompute(module):
-    """Makes the blocks, what stands in the outermost lists of modules, keep only their input for the way back."""
-    for child in module.children():
-        if not isinstance(child, nn.ModuleList):
-            recompute(child)
-            continue
-        for block in child:
-            if type(block).forward is nn.Module.forward:  # a level of MADFormer's U-Net: its parts are called
-                recompute(block)
-            else:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+# --- Set-up ---------------------------------------------------------------------------------------
+
+def prepare(args, process, model_file, stage, data):
+    """Return the Run of a stage, resumed if it was interrupted, else with its initial weights."""
+    first_stage, first_stage_path = load_first_stage(args, model_file, stage, process.device)
+    config = make_config(args, model_file, stage, data, first_stage)
+    recipe = common.with_options(stage.recipes[args.size], lr=args.lr, batch=args.batch_size,
+                                 epochs=args.epochs)
+    micro, rest = divmod(recipe.batch, process.world * args.accumulate)
+    if rest:
+        raise UserError(f"a batch of {recipe.batch} does not divide into {process.world} ranks x"
+                        f" {args.accumulate} micro-batches: change --batch-size or --accumulate")
+    folder = args.out / stage.name
+    with common.rank_zero_first():
+        if args.fresh and process.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    torch.manual_seed(args.seed)
+    network = stage.build(config).to(process.device)
+    ema = copy.deepcopy(network).float().eval().requires_grad_(False)
+    order = common.Order(data.labels, getattr(config, "images_per_sample", 1), args.seed)
+    run = Run(args, process, model_file, stage, config, recipe, data, folder, first_stage,
+              first_stage_path, network, ema, adamw(network, recipe, process.device), order, micro)
+    if (folder / "state.pt").exists():
+        resume(run)
+    else:
+        load_initial_weights(run)
+    if len(set(common.gather(run.step))) > 1:
+        raise UserError(f"the ranks found different states in {folder}: do all machines share it?")
+    left = math.floor((recipe.epochs * order.length - run.seen) / recipe.batch + 0.5)
+    run.steps = args.steps or max(1, run.step + max(0, left))
+    return run
 
 
-def adamw(module, stage, recipe, device):
-    """AdamW in two groups: with weight decay and without."""
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for n, p in named if stage.decays(n, p) == decay],
-               "weight_decay": recipe.weight_decay * decay} for decay in (False, True)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=recipe.betas,
+def load_first_stage(args, model_file, stage, device):
+    """Return the frozen stage whose codes this one is trained on, and its path for sample.py, or
+    None, None."""
+    if not stage.first_stage:
+        return None, None
+    path = args.out / stage.first_stage / "model.pt"
+    if args.first_stage:
+        path = Path(args.first_stage).resolve()
+    if not path.exists():
+        raise UserError(f"stage {stage.name} needs {path}, which does not exist: train stage"
+                        f" {stage.first_stage}, or give --{stage.first_stage} FILE")
+    source = next(s for s in model_file.STAGES if s.name == stage.first_stage)
+    kept_path = str(path) if args.first_stage else f"../{stage.first_stage}/model.pt"
+    return source.load(path).to(device), kept_path
+
+
+def make_config(args, model_file, stage, data, first_stage):
+    """Return the preset with what data, first stage, stage and --set say, in this order."""
+    preset = model_file.PRESETS[args.size]
+    known = {"classes": len(data.classes), "class_names": tuple(data.classes)}
+    if first_stage:
+        known[stage.first_stage] = first_stage.config  # e.g. the field `vae`
+    known["image_size"] = args.image_size or preset.image_size
+    config = common.override(stage.adapt(common.with_options(preset, **known)), args.set)
+    if first_stage and getattr(config, stage.first_stage) != first_stage.config:
+        changes = differences(first_stage.config, getattr(config, stage.first_stage))
+        raise UserError(f"the {stage.first_stage} has another configuration: {changes}")
+    return config
+
+
+def adamw(network, recipe, device):
+    """Return AdamW with two groups of parameters: with weight decay and without."""
+    decayed = {"params": [], "weight_decay": recipe.weight_decay}
+    others = {"params": [], "weight_decay": 0.0}
+    for name, parameter in network.named_parameters():
+        decays = parameter.ndim > 1
+        if hasattr(network, "decays"):
+            decays = network.decays(name, parameter)
+        if parameter.requires_grad:
+            (decayed if decays else others)["params"].append(parameter)
+    return torch.optim.AdamW([decayed, others], lr=recipe.lr, betas=recipe.betas,
                              fused=device.type in ("cpu", "cuda"))
 
 
-def resume(folder, module, ema, optimizer, config, rank):
-    """Loads the newest state that is whole. What it says besides weights (step, seen: samples so far, meta with the
-    recipe's entries), {} where there is none; and whether a newer one was damaged."""
-    damaged = False
-    for path in (folder / "state.pt", folder / "state.previous.pt"):
-        if not path.exists():
-            continue
-        try:
-            with common.foreign(path):
-                state = common.read(path, sums=True)
-                saved = common.rebuild(type(config), state["meta"]["config"], path)
-                about = {"step": int(state["step"]), "seen": int(state["seen"]),
-                         "meta": {**state["meta"], **state["meta"]["recipe"]}}
-                if saved == config:
-                    common.load_strict(module, state["model"], path)
-                    common.load_strict(ema, state["ema"], path)
-                    optimizer.load_state_dict(state["optimizer"])
-        except UserError as error:
-            if rank == 0:
-                print(f"{error}; trying the one before")
-            damaged = True
-            continue
-        if saved != config:
-            raise UserError(f"{folder} was begun with another configuration ({differences(saved, config)}); --fresh"
-                            " begins anew, --out names another place")
-        return about, damaged
-    if damaged:
-        raise UserError(f"no state in {folder} can be used; --out names another place, --fresh deletes it")
-    return {}, False
-
-
-def changes(old, new):
-    """What differs between two descriptions of a run: length, batch size, learning rate, data, precision, ranks."""
-    return ", ".join(f"{name} {old[name]} -> {value}" for name, value in new.items()
-                     if name not in ("torch", "recipe", "config", "classes") and name in old
-                     and json.dumps(old[name]) != json.dumps(value))
+def resume(run):
+    """Load weights, averages, optimizer and progress of an interrupted run."""
+    path = run.folder / "state.pt"
+    try:
+        with common.untrusted(path):
+            state = common.read_checkpoint(path)
+            saved = common.rebuild(type(run.config), state["config"])
+            if saved == run.config:
+                common.load_strict(run.network, state["model"], path)
+                common.load_strict(run.ema, state["ema"], path)
+                run.optimizer.load_state_dict(state["optimizer"])
+                run.step, run.seen = int(state["step"]), int(state["seen"])
+    except UserError as error:
+        raise UserError(f"{error}; --fresh starts again, --out names another folder") from None
+    if saved != run.config:
+        raise UserError(f"{run.folder} was started with another configuration"
+                        f" ({differences(saved, run.config)}); --fresh starts again, --out names"
+                        " another folder")
 
 
 def differences(old, new):
-    """The fields of two configurations that differ."""
-    return ", ".join(f"{f.name}: {getattr(old, f.name)} -> {getattr(new, f.name)}" for f in dataclasses.fields(new)
-                     if f.compare and getattr(old, f.name) != getattr(new, f.name))
+    """Return in words which fields of two configurations differ."""
+    changed = []
+    for field in dataclasses.fields(new):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if before != after and field.compare:
+            changed.append(f"{field.name}: {before} -> {after}")
+    return ", ".join(changed)
 
 
-def begin(args, stage, config, module, rank):
-    """The weights a new run starts from: --init, else those of the stage before; says what was carried over."""
-    path = None
-    if stage.carry and args.init and (args.stage == stage.name or not stage.start):
+def load_initial_weights(run):
+    """Start from --init, or from the stage before where the stage says so, else from random
+    weights."""
+    args, stage = run.args, run.stage
+    carries = hasattr(run.network, "carry")
+    if args.init and args.stage == stage.name and not carries:
+        raise UserError(f"--init: stage {stage.name} always starts from random weights")
+    path = args.out / stage.start / "model.pt" if stage.start else None
+    if args.init and carries and (args.stage == stage.name or not stage.start):
         path = Path(args.init)
-    elif stage.start:
-        path = args.out / stage.start / "model.pt"
-        if not path.exists():
-            raise UserError(f"stage {stage.name} goes on from {path}, which is not there: train that, or give --init")
     if path is None:
-        if not all(stage.trains(config, name) for name, _ in module.named_parameters()):
-            raise UserError(f"size {args.size} trains only a part of the model: give the rest with --init FILE")
+        if getattr(run.network, "needs_weights", False):
+            raise UserError(f"size {args.size} trains a part of the model: --init gives the rest")
         return
-    content = common.read(path)
-    old = content["model"] if "stage" in content else MODELS[args.model].load_official(path).state_dict()
-    own, changed, fresh = module.state_dict(), [], []
+    content = common.read_checkpoint(path)
+    old = content["model"] if "stage" in content else None
+    if old is None:
+        old = run.model_file.load_official(path).state_dict()
+    own = run.network.state_dict()
+    fresh = []
     for name, tensor in own.items():
-        if name in old and old[name].shape == tensor.shape:
-            own[name] = old[name]
-        elif name in old and (adapted := stage.carry(name, old[name], tensor.shape)) is not None:
-            own[name] = adapted
-            changed.append(f"{name} {tuple(old[name].shape)} -> {tuple(tensor.shape)}")
-        else:
+        weight = old.get(name)
+        if weight is not None and weight.shape != tensor.shape:
+            weight = run.network.carry(name, weight, tensor.shape)
+        if weight is None:
             fresh.append(name)
-    unused = [name for name in old if name not in own]
+        else:
+            own[name] = weight
     if len(fresh) > len(own) / 2:
-        raise UserError(f"--init {path}: fits {len(own) - len(fresh)} of {len(own)} tensors: another model or size?")
-    module.load_state_dict(own)
-    if rank == 0:
-        print(f"stage {stage.name} starts from {path}: {len(own) - len(fresh)} of {len(own)} tensors carried over;"
-              f" changed: {', '.join(changed) or 'none'}; begun afresh: {', '.join(fresh) or 'none'}; not used:"
-              f" {', '.join(unused) or 'none'}")
+        raise UserError(f"{path} lacks {len(fresh)} of {len(own)} tensors: another model or size?")
+    run.network.load_state_dict(own)
+    run.ema.load_state_dict(own)
+    if run.process.rank == 0:
+        print(f"stage {stage.name} starts from {path}; random: {', '.join(fresh) or 'nothing'}")
 
 
-def frozen(args, stage, device):
-    """The earlier stage whose codes this one eats, and where sample.py will find it (relative to this run)."""
-    if not stage.first:
-        return None, None
-    given = getattr(args, stage.first)
-    path = Path(given).resolve() if given else args.out / stage.first / "model.pt"
-    if not path.exists():
-        raise UserError(f"stage {stage.name} needs {path}, which is not there: train stage {stage.first}, or give"
-                        f" --{stage.first} FILE")
-    source = next(s for s in MODELS[args.model].STAGES if s.name == stage.first)
-    return source.load(path).to(device), str(path) if given else f"../{stage.first}/model.pt"
+def wrapped(run):
+    """Return the network, compiled if asked for, in DDP if there are several ranks; say what is
+    trained."""
+    args, process, network = run.args, run.process, run.network
+    compiling = args.compile
+    if compiling is None:
+        compiling = process.device.type == "cuda" and args.size != "tiny"
+    if hasattr(network, "ready"):
+        network.ready(run.config)
+    if process.rank == 0:
+        count = sum(p.numel() for p in network.parameters())
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        how = "compiled" if compiling else "not compiled"
+        print(f"stage {run.stage.name}: {count:,} parameters, {trained:,} of them trained;"
+              f" {run.config.image_size} px; steps {run.step:,} to {run.steps:,} of"
+              f" {process.world} x {args.accumulate} x {run.micro} samples;"
+              f" {process.device.type}, {process.precision}, {how}")
+    if compiling:
+        network.compile()  # in place and before DDP: the names in state_dict stay as they are
+    if process.world == 1:
+        return network
+    idle = getattr(network, "idle_parameters", False)
+    return DistributedDataParallel(network, gradient_as_bucket_view=True,
+                                   find_unused_parameters=idle)
 
 
-def probes(data, size):
-    """Images: for the grids a row of each of up to ten classes, and many to calibrate on; labels and names of rows."""
-    def load(indices):
-        return common.to_float(torch.stack([common.from_pil(common.centre_crop(data.read(int(i)), size))
-                                            for i in indices]))
+def loader(run):
+    """Return this rank's micro-batches from the number of samples seen on, without an end."""
+    args, process = run.args, run.process
+    views, size = run.stage.views(run.config), run.config.image_size
+    cache = None
+    workers = args.workers
+    if workers is None:
+        workers = min(4, os.cpu_count()) if sys.platform == "linux" else 0
+    if run.first_stage and args.cache != "off":
+        folder = args.cache or args.out / "cache"
+        cache = common.cached(folder, run.data, size, run.first_stage, views, workers)
+        workers = 0
+    return torch.utils.data.DataLoader(
+        common.Samples(run.data, size, views, args.seed, cache), batch_sampler=micro_batches(run),
+        num_workers=workers, worker_init_fn=ignore_interrupts,
+        pin_memory=process.device.type == "cuda")
 
-    shown = np.unique(np.linspace(0, len(data.classes) - 1, 10).round().astype(int))
-    rows = [np.resize(np.flatnonzero(data.labels == c)[:COLUMNS], COLUMNS) for c in shown]
-    many = np.linspace(0, len(data.labels) - 1, min(256, len(data.labels))).round().astype(int)
-    return ({"grid": load(np.concatenate(rows)), "many": load(many)}, torch.from_numpy(np.repeat(shown, COLUMNS)),
-            [data.classes[c] for c in shown])
+
+def micro_batches(run):
+    """Yield this rank's micro-batches of the run's order, which does not depend on the number of
+    ranks."""
+    place = run.seen + run.process.rank * run.micro
+    while True:
+        yield [run.order[p] for p in range(place, place + run.micro)]
+        place += run.process.world * run.micro
+
+
+def ignore_interrupts(worker):
+    """Let the main process alone handle Ctrl-C, so that it can save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def codes(run, batch):
+    """Return what the network is trained on: float images, or the first stage's codes of them."""
+    batch = batch.to(run.process.device, non_blocking=True)
+    if batch.dtype == torch.uint8:
+        batch = common.to_float(batch)
+    if not run.first_stage:
+        return batch
+    several = run.order.group > 1
+    flat = batch.flatten(0, 1) if several else batch
+    with torch.no_grad():
+        stored = run.first_stage.encode(flat) if run.args.cache == "off" else flat
+        result = run.first_stage.codes(stored)
+    return result.unflatten(0, batch.shape[:2]) if several else result
 
 
 def reseed(*numbers):
-    """Makes what is drawn next a function of these numbers alone."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+    """Make all that is drawn next a function of these numbers."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]))
 
 
-def anywhere(world, device, *flags):
-    """Each flag, raised if it is raised on any rank."""
-    if world == 1:
-        return flags
-    flags = torch.tensor(flags, dtype=torch.int32, device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
+def on_any_rank(process, *flags):
+    """Return for each flag whether it is set on any rank."""
+    flags = torch.stack([torch.as_tensor(flag, device=process.device) for flag in flags]).int()
+    if process.world > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
     return flags.bool().tolist()
 
 
-def mean_over_ranks(value, world):
-    """A scalar tensor's mean over all ranks."""
-    value = value.clone()
-    if world > 1:
-        dist.all_reduce(value)
-    return float(value) / world
+# --- Saving, grids, evaluation, logging -----------------------------------------------------------
+
+def about(run):
+    """Return what config.json and the checkpoints say about the run."""
+    args = run.args
+    return {"model_name": args.model, "size": args.size, "stage": run.stage.name,
+            "data": run.data.name, "first_stage": run.first_stage_path,
+            "config": dataclasses.asdict(run.config), "recipe": dataclasses.asdict(run.recipe), "steps": run.steps, "seed": args.seed,
+            "precision": run.process.precision, "torch": str(torch.__version__)}
 
 
-def memory(device):
-    """Peak memory of this process in GB: of the device on CUDA, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+def save(run):
+    """Write config.json, model.pt and state.pt, each atomically."""
+    if run.process.rank == 0:
+        with common.atomic(run.folder / "config.json") as f:
+            f.write(json.dumps(about(run), indent=1).encode())
+        state = {"step": run.step, "seen": run.seen, "model": run.network.state_dict(),
+                 "ema": run.ema.state_dict(), "optimizer": run.optimizer.state_dict(),
+                 "config": dataclasses.asdict(run.config)}
+        save_weights(run, "model.pt")
+        common.save(run.folder / "state.pt", state)
+    if run.process.world > 1:
+        dist.barrier()  # no rank leaves while rank 0 is writing
+
+
+def save_weights(run, name):
+    """Write the averaged weights."""
+    if run.process.rank == 0:
+        finish(run)
+        weights = run.ema.state_dict()
+        common.save(run.folder / name, {**about(run), "step": run.step, "model": weights})
+
+
+def finish(run):
+    """Let the averaged module measure what it needs on up to 256 images."""
+    if hasattr(run.ema, "finish"):
+        n = len(run.data.labels)
+        indices = np.linspace(0, n - 1, min(256, n)).round().astype(int)
+        run.ema.finish(load_images(run, indices))
+
+
+def load_images(run, indices):
+    """Return the centre crops (n, 3, h, w) of some images of the data, as floats on the device."""
+    size = run.config.image_size
+    crops = [common.from_pil(common.centre_crop(run.data.read(int(i)), size)) for i in indices]
+    return common.to_float(torch.stack(crops).to(run.process.device))
+
+
+@torch.no_grad()
+def save_grid(run):
+    """Write a picture of up to ten classes, a row each: samples of the averaged weights or, of a
+    first stage, images with their reconstructions beside them."""
+    if run.process.rank > 0:
+        return
+    classes = np.unique(np.linspace(0, run.config.classes - 1, 10).round().astype(int))
+    labels = torch.from_numpy(classes.repeat(COLUMNS)).to(run.process.device)
+    noise = common.Noise(run.args.seed, range(len(labels)), run.process.device)
+    if not run.stage.load:
+        pictures, _ = run.model_file.generate(run.ema, run.first_stage, labels, noise)
+        columns = COLUMNS
+    else:
+        finish(run)
+        members = [np.flatnonzero(run.data.labels == c)[:COLUMNS] for c in classes]
+        images = load_images(run, np.concatenate([np.resize(m, COLUMNS) for m in members]))
+        pictures = torch.stack([images, run.ema.reconstruct(images, noise)], 1).flatten(0, 1)
+        columns = 2 * COLUMNS
+    names = [run.data.classes[c] for c in classes]
+    sheet = common.grid(common.to_uint8(pictures).cpu(), columns, names)
+    common.save_picture(run.folder / f"samples/step_{run.step:06d}.png", sheet)
+
+
+def make_evaluator(run):
+    """Return the Evaluator of --fid-every, or None. An unusable reference ends the stage before it
+    starts."""
+    if run.stage.load or not run.args.fid_every:
+        return None
+    features = "classifier" if run.args.size == "tiny" else "inception"
+    return fid.Evaluator(run.args.data, features, size=run.config.image_size,
+                         data_root=run.args.data_root, device=run.process.device)
+
+
+@torch.no_grad()
+def evaluate(run, evaluator, log):
+    """Log the distance of samples, balanced over the classes, to the data. Each rank makes its
+    share."""
+    process, n = run.process, run.args.fid_samples
+    features = fid.Features()
+    share = torch.arange(n).tensor_split(process.world)[process.rank]
+    for indices in share.split(run.micro):
+        labels = indices * run.config.classes // n  # as sample.py balances them
+        noise = common.Noise(run.args.seed, indices.tolist(), process.device)
+        with process.autocast():
+            images, _ = run.model_file.generate(run.ema, run.first_stage,
+                                                labels.to(process.device), noise)
+        evaluator.extract(features, common.to_uint8(images).permute(0, 2, 3, 1), labels.numpy())
+    numbers = evaluator.measure(features)
+    if process.rank == 0:
+        log(**numbers, features=evaluator.name)
+        common.tqdm.write(f"step {run.step}, EMA: {fid.describe(numbers)}")
 
 
 class Stop:
-    """Notes SIGTERM and SIGINT, so that the loop ends after the step; a second SIGINT ends at once."""
+    """Notes SIGTERM and SIGINT, so that the loop ends after the step. A second SIGINT ends at once.
+    """
 
     def __init__(self):
-        self.asked = False
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore(self):
-        """What the signals did before."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self.requested = False
+        self.handlers = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self.note)
 
     def note(self, number, frame):
-        """The signal handler."""
-        self.asked = True
+        """Handle the signal."""
+        self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def restore(self):
+        """Let the signals do what they did before."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
 class Log:
-    """log.jsonl, a line per call; a run that goes on drops the lines of steps it repeats."""
+    """log.jsonl and TensorBoard. A resumed run drops the lines of steps that it repeats."""
 
-    def __init__(self, folder, step, tensorboard):
-        self.path = folder / "log.jsonl"
-        kept = []
-        for line in self.path.read_text(errors="replace").splitlines() if step and self.path.exists() else []:
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # half a line, of a full disk
-                kept += [line] if json.loads(line)["step"] <= step else []
-        with common.atomic(self.path) as f:
-            f.write("".join(line + "\n" for line in kept).encode())
+    def __init__(self, run):
+        self.run = run
+        self.path = run.folder / "log.jsonl"
         self.board = None
-        if tensorboard:
+        if run.process.rank > 0:
+            return
+        kept = []
+        if run.step and self.path.exists():
+            for line in self.path.read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line
+                    if json.loads(line)["step"] <= run.step:
+                        kept.append(line + "\n")
+        with common.atomic(self.path) as f:
+            f.write("".join(kept).encode())
+        if run.args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--tensorboard: pip install tensorboard") from None
-            self.board = SummaryWriter(folder)
+            self.board = SummaryWriter(run.folder)
 
     def __call__(self, **values):
+        """Append a line on rank 0."""
+        if self.run.process.rank > 0:
+            return
         values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have moved the folder away
-        with open(self.path, "a") as f:
-            f.write(json.dumps(values) + "\n")
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({"step": self.run.step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
         for name, value in values.items():
             if self.board and not isinstance(value, str):
-                self.board.add_scalar(name, value, values["step"])
+                self.board.add_scalar(name, value, self.run.step)
+
+
+def mean_over_ranks(window, world):
+    """Return the means of the parts of the loss over steps and ranks. `window` may be empty: all
+    skipped."""
+    means = {}
+    for name in window[0] if window else ():
+        mean = torch.stack([parts[name] for parts in window]).mean()
+        if world > 1:
+            dist.all_reduce(mean)
+        means[name] = mean.item() / world
+    return means
+
+
+def peak_memory(device):
+    """Return the peak memory in GB that tensors took, where the device counts it."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
 
 
 if __name__ == "__main__":
-    common.command(main)
+    common.run_script(main)

@@ -1,496 +1,390 @@
-"""What a machine makes of the models: its own ceilings, then training, sampling and the first stage against them.
+"""Measure the models on this machine: training, sampling and the first stage against its ceilings.
 
-    python tests/bench.py --model transdiff                              # a table; the last line is the same as JSON
-    python tests/bench.py --model dar --size l --device cuda --batch 64
-    python tests/bench.py --model transdiff --compare plain              # the fast paths against the plain ones
-    python tests/bench.py --model madformer --grow ar_length=1,4,16      # how cost grows: a process for each value
-    python tests/bench.py --model fid                                    # features, and the trace term of a distance
-    python tests/bench.py --model images                                 # decoding JPEGs
+    python tests/bench.py --model transdiff                    # a table; the last line is JSON
+    python tests/bench.py --model dar --size l --batch 64 --train-batch 32 --compile
+    python tests/bench.py --model transdiff --only sample --plain
+    python tests/bench.py --model dar --only sample --set cfg=1,1
+    python tests/bench.py --model images                       # reading JPEGs, on one core
 
-Random weights and images; bf16 autocast on CUDA, float32 elsewhere. A row gives the median of the repeats after a
-warm-up, with its range. Work is counted while it runs: 2 for each multiply-add of matrix products, convolutions and
-attention; norms and activations count nothing. On the machine's side stand the rate of a large matrix product and of a
-large copy. By formula, for batch b, S steps, width D, with guidance (tests/test_bench.py checks
-that the samplers do this work and no more):
-
-    TransDiff   (b + 1) enc + (b + 1) cond + S (2 b query - b trunk + time), with n AR and N latent tokens, M features,
-                enc = Le (24 n D^2 + 4 n^2 D), cond = 2 M D^2 + 4 L M D^2, query = L (28 N D^2 + 4 N^2 D + 4 N M D)
-                + 4 z N D, trunk = 2 z N D + 10 N D^2 + 4 N^2 D, time = 2 (256 D + 7 D^2)
-    D-AR        2 b (2 N W + 2 L N (N + 1) D), W = L (4 D^2 + 3 D F) + V D; bytes: the weights for every token, N W e,
-                and keys and values, 2 b L 2 D (N (N + 1) / 2 + N) e, with e bytes a number
-    MADFormer   without text and guidance, for each of T blocks of n tokens (j = 0 .. T - 1) and N layers, D of them
-                denoising: once AR (N - D layers) and, from the second on, the clean rows before it (down + N layers);
-                S times down + up + D layers; layer = 2 n (4 H^2 + 3 H F) + 4 n n (j + 1) H
+Weights and images are random; bf16 autocast on CUDA, float32 elsewhere. D-AR's tokenizer is trained
+without its perceptual losses. A row gives the median of the repeats, after a warm-up, and their
+range. FLOPs are counted in a call that is not compiled: 2 for each multiply-add of matrix products,
+convolutions and attention, none for norms and activations. Attention counts all pairs of queries
+and keys, FlexAttention (MADFormer in training on CUDA) the pairs that its mask lets through.
+"share" is FLOP/s over that of a large matrix product in the same precision, GB the peak memory on
+CUDA. "codes" are the latents or tokens alone, before the first stage decodes them.
 """
 import argparse
-import contextlib
 import dataclasses
-import itertools
 import json
-import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
-import scipy.linalg
 import torch
+import torch.nn as nn
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import plain  # noqa: E402
+
 import common  # noqa: E402
-import dar  # noqa: E402
-import fid  # noqa: E402
 import madformer  # noqa: E402
 import train  # noqa: E402
-import transdiff  # noqa: E402
+
+for name in ("", "_backward"):  # torch's counter knows this attention on CUDA only
+    on_cpu = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}")
+    on_cuda = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{name}")
+    flop_registry[on_cpu] = flop_registry[on_cuda]
 
 
-def measured(calls, repeats, device):
-    """Seconds of each call, `repeats` times in turn, after one run of each to warm up; and what they gave."""
-    times = [[] for _ in calls]
-    for repeat in range(repeats + 1):
-        results = []
-        for call, taken in zip(calls, times, strict=True):
-            begun = time.perf_counter()
-            results.append(call())
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat:
-                taken.append(time.perf_counter() - begun)
-    return times, results
+def arguments():
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="transdiff", choices=("transdiff", "dar", "madformer", "images"))
+    add("--size", default="tiny", help="preset of the model file (default: tiny)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--batch", type=common.positive, default=8,
+        help="images of sampling, besides 1, and of the first stage (default: 8)")
+    add("--train-batch", type=common.positive, default=8, help="samples of a training step")
+    add("--only", nargs="+", default=["first", "train", "sample"],
+        choices=("first", "train", "sample"), help="encode and decode, train, sample")
+    add("--plain", action="store_true", help="also measure the plain samplers of tests/plain.py")
+    add("--compile", action="store_true", help="compile what is trained, and samplers' inner steps")
+    add("--repeats", type=common.positive, default=5)
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="override fields of the Config")
+    return parser.parse_args()
 
 
-def show(times):
-    """Median and range."""
-    return f"{statistics.median(times):.3f} ({min(times):.3f} - {max(times):.3f})"
+# --- Time, work and ceilings ----------------------------------------------------------------------
+
+def measured(call, repeats, device=torch.device("cpu")):
+    """Return the seconds that each of the repeats takes, after one run to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        getattr(torch, device.type).synchronize()
+        times.append(time.perf_counter() - start)
+    return times[1:]
 
 
-def ratio(a, b):
-    """Of the medians."""
-    return f"{statistics.median(a) / statistics.median(b):.2f} x"
+class CountedAttention:
+    """Replaces FlexAttention while FLOPs are counted: adds its inputs, and counts visible pairs.
 
+    FlexAttention itself computes all pairs at once unless it is compiled, which takes too much
+    memory at the papers' sizes.
+    """
 
-def attention_flops(q, k, v, dropout=0.0, causal=False, *args, **kwargs):
-    """Of one call of CPU attention, by the shapes (B, H, n, C): what torch's counter does not know."""
-    pairs = q[2] * (q[2] + 1) // 2 if causal else q[2] * k[2]
-    return 2 * q[0] * q[1] * pairs * (q[3] + v[3])
+    def __init__(self):
+        self.flops = 0
+
+    def __call__(self, q, k, v, block_mask):                       # (B, heads, m, C) each
+        B, heads, m, channels = q.shape
+        at = torch.arange(m, device=q.device)
+        image = torch.arange(block_mask.shape[0], device=q.device).view(-1, 1, 1, 1)
+        visible = block_mask.mask_mod(image, 0, at[:, None], at).expand(B, 1, m, m)
+        products = 7 if q.requires_grad else 2  # backward: the scores again, and four gradients
+        self.flops += products * 2 * heads * channels * visible.sum().item()
+        return q + k + v
 
 
 def counted(call):
-    """FLOPs of a call."""
-    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={cpu: attention_flops}) as counter:
+    """Return the FLOPs of a call."""
+    flex = CountedAttention()
+    with (FlopCounterMode(display=False) as counter,
+          mock.patch.object(madformer, "compiled_flex_attention", return_value=flex)):
         call()
-    return counter.get_total_flops()
+    return counter.get_total_flops() + flex.flops
 
 
 def ceilings(device, dtype):
-    """(FLOP/s of a large matrix product in this type, bytes/s of a large copy), best of five."""
-    n = 8192 if device.type == "cuda" else 1536
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    source = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    """Return the FLOP/s of a large matrix product and the bytes/s of a large copy, best of five."""
+    is_large = device.type == "cuda"
+    n = 8192 if is_large else 1536
+    matrix = torch.randn(n, n, device=device).to(dtype)
+    source = torch.zeros(2**30 if is_large else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    (product, copy), _ = measured([lambda: a @ b, lambda: target.copy_(source)], 5, device)
+    product = measured(partial(torch.mm, matrix, matrix), 5, device)
+    copy = measured(partial(target.copy_, source), 5, device)
     return 2 * n**3 / min(product), 2 * len(source) / min(copy)
 
 
-# --- The table --------------------------------------------------------------------------------------------------------
+class Table:
+    """Measures calls against the machine's ceilings, and prints a row for each."""
 
-def setting(args):
-    """The model's module, its configuration, its last stage at this size, and the first stage of that one."""
-    module = MODELS[args.model]
-    config = module.PRESETS[args.size]
-    if hasattr(config, "texts"):
-        config = dataclasses.replace(config, texts=tuple(f"name {k}" for k in range(config.classes)))
-    stages = {stage.name: stage for stage in module.STAGES}
-    last = next(stage for stage in reversed(module.STAGES) if args.size in stage.recipes)
-    config = common.override(config, args.set)
-    first = stages[last.first].build(config).to(args.device).eval().requires_grad_(False)
-    return module, config, last, first
+    def __init__(self, args, process):
+        self.process = process
+        self.repeats = args.repeats
+        self.rows = []
+        device = process.device
+        dtype = torch.bfloat16 if process.precision == "bf16" else torch.float32
+        flops, bandwidth = ceilings(device, dtype)
+        self.about = {
+            "model": args.model, "size": args.size, "set": args.set, "compile": args.compile,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "precision": process.precision, "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__), "flops_per_s": flops, "bytes_per_s": bandwidth}
+        print(f"{' '.join([args.model, args.size, *args.set])}, {self.about['device']},"
+              f" {process.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        print(f"large product {flops / 1e12:.3g} TFLOP/s, large copy {bandwidth / 1e9:.3g} GB/s")
+        print(f"{'':21s} {'images':>6s} {'seconds: median (range)':>26s} {'images/s':>9s}"
+              f" {'GFLOP/image':>11s} {'TFLOP/s':>8s} {'share':>6s} {'GB':>5s}")
 
+    def add(self, what, images, call, work, baseline=None, moved=0):
+        """Measure a call that makes or takes so many images, and return its row.
 
-def bench(args, device):
-    """Training of each stage, sampling at batch 1 and at the batch, and the first stage; the ceilings come last, for
-    their memory would hide that of the models."""
-    precision = torch.bfloat16 if device.type == "cuda" else torch.float32
-    module, config, last, first = setting(args)
-    rows = []
-
-    def row(what, batch, images, call, **more):
-        """Measures a call that makes or takes `images` images. work: its FLOPs, if they are known."""
+        work: its FLOPs. baseline: a row to compare its time with. moved: the bytes that it reads.
+        """
+        device = self.process.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            work = more.pop("work") if "work" in more else counted(call)
-            (times,), _ = measured([call], args.repeats, device)
-        rows.append({"what": what, "batch": batch, "seconds": statistics.median(times), "least": min(times),
-                     "most": max(times), "images_per_s": images / statistics.median(times),
-                     "gflop_per_image": work / images / 1e9, "tflops": work / statistics.median(times) / 1e12,
-                     "memory_gb": train.memory(device), **more})
-        return rows[-1]
+        times = measured(call, self.repeats, device)
+        seconds = statistics.median(times)
+        row = {
+            "what": what, "images": images, "seconds": seconds, "least": min(times),
+            "most": max(times), "images_per_s": images / seconds,
+            "gflop_per_image": work / images / 1e9, "tflops": work / seconds / 1e12,
+            "share": work / seconds / self.about["flops_per_s"],
+            "memory_gb": train.peak_memory(device)}
+        note = ""
+        if baseline:
+            row["ratio"] = seconds / baseline["seconds"]
+            note = f"{row['ratio']:.3g} x {baseline['what']}"
+        if moved:
+            row["bandwidth_share"] = moved / seconds / self.about["bytes_per_s"]
+            note = f"{row['bandwidth_share']:.1%} of the copy's rate"
+        span = f"{seconds:.4f} ({min(times):.4f} - {max(times):.4f})"
+        print(f"{what:21s} {images:6d} {span:>26s} {row['images_per_s']:9.2f}"
+              f" {row['gflop_per_image']:11.3g} {row['tflops']:8.3g} {row['share']:6.1%}"
+              f" {row['memory_gb']:5.2f}  {note}", flush=True)
+        self.rows.append(row)
+        return row
 
-    for stage in module.STAGES if "train" in args.only else ():
-        if args.size in stage.recipes:
-            train_row(args, stage, stage.config(config), first, device, row)
-    config = last.config(config)
-    model = last.build(config).to(device).eval().requires_grad_(False)
-    if precision == torch.bfloat16:
-        for linear in (part for part in model.modules() if isinstance(part, torch.nn.Linear)):
-            linear.bfloat16()  # as sample.py does it
-    how = {name: value for name, value in (("steps", args.steps), ("cfg", args.cfg)) if value}
-    batches, work, draws = dict.fromkeys((1, args.batch)) if "sample" in args.only else (), {}, []
-    cfg = args.cfg or getattr(config, "cfg", 1.0)
 
-    def noise(batch):
-        return common.Noise.of(0, range(batch), device)
+# --- What is measured -----------------------------------------------------------------------------
 
-    def generate(batch):
-        return module.generate(model, first, torch.arange(batch, device=device) % config.classes, noise(batch), **how)
+def make_config(args, model_file, stage):
+    """Return the Config of a stage, with class names, which MADFormer's text tower reads."""
+    config = common.override(stage.adapt(model_file.PRESETS[args.size]), args.set)
+    names = tuple(f"name {k}" for k in range(config.classes))
+    return dataclasses.replace(config, class_names=names)
 
-    def tokens(batch):
-        return model.sample(torch.arange(batch, device=device) % config.classes, noise(batch), cfg=cfg)
 
-    def all_draws(batch):
-        stream = noise(batch)
-        for name, shape in draws:
-            getattr(stream, name)(shape)
+def frozen(module, process):
+    """Return a module on the device, ready to sample, as sample.py prepares it."""
+    on_cuda = process.device.type == "cuda"
+    layout = torch.channels_last if on_cuda else torch.contiguous_format
+    return module.to(process.device, memory_format=layout).eval().requires_grad_(False)
 
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-        for batch in batches:  # before anything is compiled: the counter does not look into that
-            work[batch] = counted(lambda: generate(batch)), counted(lambda: tokens(batch)) if args.model == "dar" else 0
-        watched = noise(1)
-        for name in ("normal", "uniform"):
-            setattr(watched, name, lambda shape, name=name, draw=getattr(watched, name): draws.append((name, shape))
-                    or draw(shape))
-        module.generate(model, first, torch.zeros(1, dtype=torch.long, device=device), watched, **how)
-    if args.compile:
-        module.compile_steps(model, first)
-    for batch in batches:
+
+def random_images(n, config, process):
+    """Return images (n, 3, h, w) in -1 .. 1."""
+    return torch.rand(n, 3, config.image_size, config.image_size, device=process.device) * 2 - 1
+
+
+def bench_first_stage(args, table, config, first_stage):
+    """Measure encoding and decoding."""
+    images = random_images(args.batch, config, table.process)
+    codes = first_stage.codes(first_stage.encode(images))
+    inputs = [codes]
+    if not codes.is_floating_point():  # a diffusion starts from noise
+        inputs.append(torch.randn_like(images))
+    encode = partial(first_stage.encode, images)
+    decode = partial(first_stage.decode, *inputs)
+    table.add("encode", args.batch, encode, counted(encode))
+    table.add("decode", args.batch, decode, counted(decode))
+
+
+def bench_training(args, table, model_file, stage, first_stage):
+    """Measure a whole optimizer step of a stage."""
+    process = table.process
+    config = make_config(args, model_file, stage)
+    recipe = stage.recipes[args.size]
+    network = stage.build(config).to(process.device).train()
+    optimizer = train.adamw(network, recipe, process.device)
+    group = getattr(config, "images_per_sample", 1)
+    labels = torch.arange(args.train_batch, device=process.device) % config.classes
+    batch = random_images(args.train_batch * group, config, process)
+    if stage.first_stage:
         with torch.no_grad():
-            whole = row("sample", batch, batch, lambda: generate(batch), work=work[batch][0])
-            part = row("  its noise", batch, batch, lambda: all_draws(batch), work=0)
-            part["note"] = f"{100 * part['seconds'] / whole['seconds']:.1f} % of sampling"
-            if args.model == "dar":
-                N, (W, D, L) = first.config.queries, dar_sizes(config)
-                moved = precision.itemsize * (N * W + (1 + (cfg != 1)) * batch * L * 2 * D * (N * (N + 1) // 2 + N))
-                found = row("  tokens alone", batch, batch, lambda: tokens(batch), work=work[batch][1], bytes=moved)
-                found["tokens_per_s"] = batch * N / found["seconds"]
-    if "first" in args.only:
-        images = torch.rand(args.batch, 3, config.image_size, config.image_size, device=device) * 2 - 1
-        with torch.no_grad():
-            codes = first.encode(images)
-            row("encode", args.batch, args.batch, lambda: first.encode(images))
-            decode = ((lambda: first.decode(codes, images)) if args.model == "dar" else
-                      (lambda: first.decode(codes.chunk(2, 1)[0])))
-            row("decode", args.batch, args.batch, decode)
-
-    rate, bandwidth = ceilings(device, precision)
-    print(f"{' '.join([args.model, args.size, *args.set])}, {device}, {str(precision)[6:]}, {torch.get_num_threads()}"
-          f" threads, torch {torch.__version__}; a large product {rate / 1e12:.3g} TFLOP/s, a large copy"
-          f" {bandwidth / 1e9:.3g} GB/s\n{'':20s} {'batch':>5s} {'seconds: median (range)':>25s} {'images/s':>9s}"
-          f" {'GFLOP/image':>11s} {'TFLOP/s':>8s} {'share':>6s} {'GB':>5s}")
-    for r in rows:
-        r["share"] = r["tflops"] * 1e12 / rate
-        if "bytes" in r:
-            r["bandwidth_share"] = r["bytes"] / r["seconds"] / bandwidth
-            r["note"] = f"{r['tokens_per_s']:.0f} tokens/s, {100 * r['bandwidth_share']:.0f} % of the copy's rate"
-        if "data_s" in r:
-            r["note"] = f"loading {100 * r['data_s'] / r['seconds']:.1f} % of the step"
-        print(f"{r['what']:20s} {r['batch']:5d} {show([r['seconds'], r['least'], r['most']]):>25s}"
-              f" {r['images_per_s']:9.2f} {r['gflop_per_image']:11.3g} {r['tflops']:8.3g} {100 * r['share']:5.1f}%"
-              f" {r['memory_gb']:5.2f}  {r.get('note', '')}".rstrip())
-    print(json.dumps({"model": args.model, "size": args.size, "set": args.set, "device": str(device),
-                      "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                      "torch": str(torch.__version__), "threads": torch.get_num_threads(), "flops_per_s": rate,
-                      "bytes_per_s": bandwidth, "rows": rows}))
-
-
-def dar_sizes(config):
-    """Weights read for a token, width and depth of a Llama."""
-    D, L, V = config.dim, config.depth, config.tokenizer.codebook
-    F = -(-int(2 * 4 * D / 3) // 256) * 256
-    return L * (4 * D * D + 3 * D * F) + V * D, D, L
-
-
-def train_row(args, stage, config, first, device, row):
-    """A whole optimizer step of a stage, and the time to load its batch (from cached codes where it eats codes)."""
-    recipe, group, batch = stage.recipes[args.size], stage.group(config), args.train_batch
-    torch.manual_seed(0)
-    model = stage.build(config).to(device).train()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and stage.trains(config, name))
-    optimizer = train.adamw(model, stage, recipe, device)
-    labels = torch.arange(batch, device=device) % config.classes
-    images = torch.rand(batch * group, 3, config.image_size, config.image_size, device=device) * 2 - 1
-    with torch.no_grad():
-        stored = first.encode(images) if stage.first else images
-        x = stage.codes(first, stored) if stage.first else images
-    x = x.unflatten(0, (batch, group)) if group > 1 else x
+            batch = first_stage.codes(first_stage.encode(batch))
+    if group > 1:
+        batch = batch.unflatten(0, (-1, group))
 
     def step():
-        model(x, labels)["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        with process.autocast():
+            loss = network(batch, labels)["loss"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        work = counted(step)
-    if args.recompute:
-        train.recompute(model)
+
+    work = counted(step)
     if args.compile:
-        model.compile()
-    found = row(f"train {stage.name}", batch, batch * group, step, work=work)
-    if not stage.first:
-        return
-    with tempfile.TemporaryDirectory() as folder:  # as train.py reads a cache
-        codes = stored.cpu().numpy()
-        array = np.lib.format.open_memmap(Path(folder, "rows.npy"), "w+", codes.dtype, (1024, 2, *codes.shape[1:]))
-        array[:] = codes[0]
-        source = common.Stored(array, np.arange(1024) % config.classes)
-        order = common.Order(source.labels, batch, group)
-        batches = iter(torch.utils.data.DataLoader(source, batch_sampler=(order(k) for k in itertools.count())))
-        (times,), _ = measured([lambda: next(batches)], 5 * args.repeats, torch.device("cpu"))
-    found["data_s"] = statistics.median(times)
+        network.compile()
+    table.add(f"train {stage.name}", args.train_batch * group, step, work)
 
 
-def grow(args):
-    """--grow FIELD=A,B,...: sampling at each value in a process of its own, and the exponent from one to the next."""
-    field, _, values = args.grow.partition("=")
-    print(f"{' '.join([args.model, args.size, *args.set])}, sampling, {args.device}, batch {args.batch}, or as said\n"
-          f"{field:>12s} {'s/image':>9s} {'exponent':>9s} {'GFLOP/image':>12s} {'exponent':>9s} {'memory GB':>10s}")
-    before = None
-    for value in values.split(","):
-        own = {"batch": ["--batch", value], "size": ["--size", value], "steps": ["--steps", value]}
-        command = [sys.executable, __file__, "--model", args.model, "--device", args.device, "--only", "sample",
-                   "--size", args.size, "--batch", str(args.batch), "--repeats", str(args.repeats), "--set", *args.set,
-                   *([] if field in own else [f"{field}={value}"]), *own.get(field, [])]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{value}: {done.stderr.strip().splitlines()[-1]}")
-        rows = [found for found in json.loads(done.stdout.splitlines()[-1])["rows"] if found["what"] == "sample"]
-        now = (value, 1 / rows[-1]["images_per_s"], rows[-1]["gflop_per_image"])
-        exponents = ["", ""]
-        with contextlib.suppress(ValueError, TypeError):  # a first value, or no number
-            exponents = [f"{math.log(a / b) / math.log(float(value) / float(before[0])):.2f}"
-                         for a, b in zip(now[1:], before[1:], strict=True)]
-        print(f"{value:>12s} {now[1]:9.4f} {exponents[0]:>9s} {now[2]:12.3g} {exponents[1]:>9s}"
-              f" {rows[-1]['memory_gb']:10.2f}")
-        before = now
+class RecordingNoise(common.Noise):
+    """Noise that remembers what was drawn from it."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.draws = []
+
+    def draw(self, function, shape):
+        """Return one draw of each generator."""
+        self.draws.append((function, shape))
+        return super().draw(function, shape)
 
 
-# --- The fast paths against the plain ones ----------------------------------------------------------------------------
-
-def bench_transdiff(args, device):
-    """Plain and fast sampling, 1-step and MRAR."""
-    for name, mrar in (("1-step", False), ("MRAR", True)):
-        torch.manual_seed(0)
-        model = transdiff.TransDiff(dataclasses.replace(transdiff.PRESETS[args.size], mrar=mrar)).to(device).eval()
-        torch.nn.init.normal_(model.decoder.output.weight, std=0.02)  # zero at first: then every sampler agrees
-        labels = torch.arange(args.batch, device=device) % model.config.classes
-        how = dict(cfg=1.5, steps=args.steps, drift_scale=0.9, noise_scale=0.9)
-
-        def way(sampler, model=model, labels=labels, how=how):
-            return lambda: getattr(model, sampler)(labels, common.Noise.of(0, range(args.batch), device), **how)
-
-        (plain, fast), (a, b) = measured((way("sample_plainly"), way("sample")), args.repeats, device)
-        gap = (a - b).abs().max() / a.abs().max()
-        print(f"  {name:7s} plain {show(plain)}   fast {show(fast)}   {ratio(plain, fast)}   largest difference"
-              f" {gap:.1e}")
+def transdiff_sample(model, labels, noise):
+    """Call the plain sampler of TransDiff with the options of the model's config."""
+    c = model.config
+    plain.transdiff_sample(model, labels, noise, cfg=c.cfg, steps=c.steps,
+                           drift_scale=c.drift_scale, noise_scale=c.noise_scale)
 
 
-def released_attention(self, x, rotary, cache, at, mask):
-    """One token as the released sampler does it: copies of the whole cache, all of its slots under a mask."""
-    q, k, v = self.wqkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-    q, k = dar.rotate(q, rotary), dar.rotate(k, rotary)
-    cache[0].index_copy_(2, at, k)
-    cache[1].index_copy_(2, at, v)
-    k, v = (kept.repeat_interleave(1, dim=1) for kept in cache)  # "repeat the key heads once" copies
-    weights = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-    weights = weights.masked_fill(~mask, -math.inf).softmax(-1)
-    return self.wo((weights @ v).transpose(1, 2).flatten(2))
+PLAIN = {"transdiff": transdiff_sample, "dar": plain.llama_sample,
+         "madformer": plain.madformer_sample}
 
 
-def bench_dar(args, device):
-    """Tokens with a cache, with the released use of the cache, and without; then whole images, streamed."""
-    torch.manual_seed(0)
-    config = dar.PRESETS[args.size]
-    if args.tokens:
-        N = args.tokens
-        config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, queries=N, query_rows=N))
-    model = dar.Llama(config).to(device).eval()
-    torch.nn.init.normal_(model.output.weight, std=0.02)
-    labels, N = torch.arange(args.batch, device=device) % config.classes, config.tokenizer.queries
-    forward = dar.LlamaAttention.forward
+class Sampling:
+    """A stage with random weights, and the ways to sample n images from it, or parts of that."""
 
-    def way(sampler, attention=forward, stride=1):
-        def call():
-            dar.LlamaAttention.forward, model.stride = attention, stride
-            codes = getattr(model, sampler)(labels, common.Noise.of(0, range(args.batch), device), cfg=1.5)
-            dar.LlamaAttention.forward, model.stride = forward, 1
-            return codes
-        return call
+    def __init__(self, model_file, stage, config, first_stage, process):
+        self.model_file = model_file
+        self.first_stage = first_stage
+        self.device = process.device
+        self.model = frozen(stage.build(config), process)
+        if process.precision == "bf16":
+            for part in self.model.modules():  # as in sample.py
+                if isinstance(part, nn.Linear):
+                    part.bfloat16()
+        recorded = RecordingNoise(0, [0], self.device)
+        model_file.generate(self.model, first_stage, self.labels(1), recorded)
+        self.draws = recorded.draws
 
-    (cached, released, plain), (a, b, c) = measured(
-        (way("sample"), way("sample", released_attention, N), way("sample_plainly")), args.repeats, device)
-    rate = args.batch * N / statistics.median(cached)
-    print(f"  {N} tokens  cached {show(cached)}, {rate:.0f} tokens/s   released structure {show(released)},"
-          f" {ratio(released, cached)}   uncached {show(plain)}, {ratio(plain, cached)}   same tokens:"
-          f" {(a == b).float().mean():.4f}, {(a == c).float().mean():.4f}")
-    tokenizer = dar.Tokenizer(dataclasses.replace(config.tokenizer, repa_layer=0)).to(device).eval()
-    noise = common.Noise.of(0, range(args.batch), device).normal((3, config.image_size, config.image_size))
-    (decoding, whole), _ = measured(
-        (lambda: tokenizer.decode(a, noise),
-         lambda: dar.generate(model, tokenizer, labels, common.Noise.of(0, range(args.batch), device), cfg=1.5)),
-        args.repeats, device)
-    print(f"  decoding {show(decoding)}   tokens and decoding, streamed {show(whole)}"
-          f"   {args.batch / statistics.median(whole):.2f} images/s")
+    def labels(self, n):
+        """Return labels (n,)."""
+        return torch.arange(n, device=self.device) % self.model.config.classes
 
+    def noise(self, n):
+        """Return the noise of n images."""
+        return common.Noise(0, range(n), self.device)
 
-def repeating(model):
-    """Makes the sampler work as the released one: the clean block before this one goes through the denoising layers
-    again at each step, though nothing about it has changed."""
-    c, n, denoise, kept = model.config, model.config.tokens, model.denoise, {}
-    first = model.layers[c.ar_depth]
+    def images(self, n):
+        """Sample images."""
+        self.model_file.generate(self.model, self.first_stage, self.labels(n), self.noise(n))
 
-    def noticed(name, x, *args, cached=first.cached, **kwargs):
-        if name == "clean":
-            kept["rows"] = x
-        return cached(name, x, *args, **kwargs)
+    def draw_noise(self, n):
+        """Draw the noise of images, and nothing else."""
+        noise = self.noise(n)
+        for function, shape in self.draws:
+            noise.draw(function, shape)
 
-    def again(x, time, j, condition, cache):
-        rows = kept.get("rows") if j and not c.mlp_denoising else None
-        for i in range(c.ar_depth, c.depth) if rows is not None else ():
-            rows = model.layers[i].cached("clean", rows, model.rotary[:, (j - 1) * n:j * n], cache.store[i],
-                                          cache.begin + (j - 1) * n, cache.mask)
-        return denoise(x, time, j, condition, cache)
+    def codes(self, n):
+        """Sample latents or tokens, without the first stage."""
+        if hasattr(self.model, "stream"):
+            list(self.model.stream(self.labels(n), self.noise(n)))
+        else:
+            self.model.sample(self.labels(n), self.noise(n))
 
-    def sample(*args, **kwargs):
-        first.cached, model.denoise = noticed, again
-        try:
-            return model.sample(*args, **kwargs)
-        finally:
-            del first.cached, model.denoise
-    return sample
+    def codes_plainly(self, n):
+        """Sample latents or tokens by the plain sampler."""
+        PLAIN[self.model_file.__name__](self.model, self.labels(n), self.noise(n))
+
+    def bytes_read(self, n):
+        """Return the bytes that D-AR's tokens need: for each, all weights and the whole cache."""
+        if not hasattr(self.model, "stream"):
+            return 0
+        c = self.model.config
+        N = c.tokenizer.queries
+        rows = n if set(c.cfg) == {1} else 2 * n
+        output = self.model.output.weight
+        weights = sum(p.numel() for p in self.model.layers.parameters()) + output.numel()
+        cache = 2 * c.depth * rows * N * c.dim
+        return N * (weights + cache) * output.element_size()
 
 
-def bench_madformer(args, device):
-    """Sampling with everything clean computed once, as released, and with everything again at each step."""
-    torch.manual_seed(0)
-    preset = madformer.PRESETS[args.size]
-    config = common.override(dataclasses.replace(preset, texts=tuple(f"name {k}" for k in range(preset.classes))),
-                             args.set)
-    model = madformer.MADFormer(config).to(device).eval()
-    labels = torch.arange(args.batch, device=device) % config.classes
-
-    def way(sampler):
-        return lambda: sampler(labels, common.Noise.of(0, range(args.batch), device), steps=args.steps)
-
-    (fast, released, plain), (a, b, c) = measured(
-        [way(sampler) for sampler in (model.sample, repeating(model), model.sample_plainly)], args.repeats, device)
-    gaps = [((x - a).abs().max() / a.abs().max()).item() for x in (b, c)]
-    print(f"  {config.ar_length} blocks of {config.tokens} tokens, {config.ar_depth} AR and {config.diffusion_depth}"
-          f" diffusion layers, NFE per block {config.evaluations(args.steps)}\n  once {show(fast)},"
-          f" {args.batch / statistics.median(fast):.2f} images/s   clean block again at each step {show(released)},"
-          f" {ratio(released, fast)}   everything again {show(plain)}, {ratio(plain, fast)}   largest differences"
-          f" {gaps[0]:.1e}, {gaps[1]:.1e}")
+def bench_sampling(args, table, stage, sampling):
+    """Measure sampling of one image and of a batch: all of it, its noise, the codes without the
+    first stage and, with --plain, the plain sampler beside that."""
+    work = counted(partial(sampling.images, 1))  # before anything is compiled
+    codes_work = counted(partial(sampling.codes, 1))
+    plain_work = counted(partial(sampling.codes_plainly, 1)) if args.plain else 0
+    if args.compile:
+        sampling.model_file.compile_steps(sampling.model, sampling.first_stage)
+    for n in sorted({1, args.batch}):
+        torch.compiler.reset()  # else the second size would be compiled for all sizes
+        whole = table.add(f"sample {stage.name}", n, partial(sampling.images, n), n * work)
+        table.add(f"noise {stage.name}", n, partial(sampling.draw_noise, n), 0, baseline=whole)
+        codes = table.add(f"codes {stage.name}", n, partial(sampling.codes, n), n * codes_work,
+                          moved=sampling.bytes_read(n))
+        if args.plain:
+            table.add(f"plain codes {stage.name}", n, partial(sampling.codes_plainly, n),
+                      n * plain_work, baseline=codes)
 
 
-def bench_images(args, device):
-    """JPEGs of several sizes to training images of 256 pixels on one core: as a folder is read here (decoded at a
-    reduced scale, at least twice the size that is needed), and naively, at full size."""
-    rng, size = np.random.default_rng(0), 256
-    for wide, high in ((500, 375), (1024, 1024), (2048, 1536), (4096, 3072)):
+def read_fully(path, size):
+    """Read a picture as common.load_picture does, but decode it at full size."""
+    return common.from_pil(common.centre_crop(common.open_picture(path), size))
+
+
+def bench_images(args):
+    """Measure how fast JPEGs become pictures of 256 pixels: decoded at a reduced scale, as folders
+    are read, and at full size."""
+    rows = []
+    coarse = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    for size in ((500, 375), (1024, 1024), (2048, 1536), (4096, 3072)):
+        picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        grain = Image.effect_noise(size, 64).convert("RGB")
         with tempfile.TemporaryDirectory() as folder:
-            for k in range(4):
-                coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-                picture = np.asarray(Image.fromarray(coarse).resize((wide, high), Image.Resampling.BICUBIC), np.int16)
-                picture = (picture + rng.integers(-8, 9, picture.shape)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(picture).save(Path(folder, f"{k}.jpg"), quality=90)
-            data, names = common.load_data(folder, size=size), sorted(Path(folder).iterdir())
-
-            def read(source):
-                return [np.asarray(common.centre_crop(source(k), size), np.int16) for k in range(4)]
-            (naive, draft), (a, b) = measured((lambda: read(lambda k: Image.open(names[k]).convert("RGB")),
-                                               lambda: read(data.read)), args.repeats, device)
-        gap = np.abs(np.stack(a) - np.stack(b))
-        print(f"  {wide} x {high}: full decoding {4 / statistics.median(naive):6.1f} images/s   here"
-              f" {4 / statistics.median(draft):6.1f}   {ratio(naive, draft)}   differences of 255: mean"
-              f" {gap.mean():.2f}, most {gap.max()}")
-
-
-def bench_fid(args, device):
-    """Features with folded norms and channels last, and without; the trace term for full and for deficient rank."""
-    torch.manual_seed(0)
-    plain, folded = fid.Inception(), fid.Inception()
-    state = {name: torch.rand_like(v) + 0.5 if "running_var" in name else v for name, v in plain.state_dict().items()}
-    for network in (plain, folded):
-        network.load_state_dict(state)
-    plain, folded = plain.to(device), folded.folded().to(device)
-    images = torch.randint(0, 256, (args.batch, 256, 256, 3), dtype=torch.uint8, device=device)
-
-    def way(network):
-        return torch.inference_mode()(lambda: network(fid.resize_tf1(images))[0])
-
-    (slow, fast), (a, b) = measured((way(plain), way(folded)), args.repeats, device)
-    print(f"  features plain {show(slow)}   folded, channels last {show(fast)}, "
-          f"{args.batch / statistics.median(fast):.1f} images/s   {ratio(slow, fast)}   largest difference"
-          f" {(a - b).abs().max() / a.abs().max():.1e}")
-    rng, d = np.random.default_rng(0), 2048
-    for title, n in (("full rank", 3 * d), (f"rank {d // 2}", d // 2 + 1)):
-        s, t = (np.cov((rng.standard_normal((n, d)) * np.arange(1, d + 1) ** -0.3).T) for _ in range(2))
-        spent, traces = ([], []), [0, 0]
-        for _ in range(3):
-            for k, call in enumerate((lambda: np.trace(scipy.linalg.sqrtm(s @ t)).real, lambda: fid.trace_sqrt(s, t))):
-                begun = time.process_time()
-                traces[k] = call()
-                spent[k].append(time.process_time() - begun)
-        print(f"  trace, {d} dimensions, {title}, CPU seconds: sqrtm of the product {show(spent[0])}   of symmetric"
-              f" matrices {show(spent[1])}   {ratio(*spent)}   relative difference"
-              f" {abs(traces[0] - traces[1]) / traces[1]:.1e}")
-
-
-MODELS = {"transdiff": transdiff, "dar": dar, "madformer": madformer}
-COMPARE = {"transdiff": bench_transdiff, "dar": bench_dar, "madformer": bench_madformer}
+            path = Path(folder, "picture.jpg")
+            Image.blend(picture, grain, 0.1).save(path, quality=90)
+            reduced = measured(partial(common.load_picture, path, 256), args.repeats)
+            fully = measured(partial(read_fully, path, 256), args.repeats)
+        rates = [1 / statistics.median(times) for times in (reduced, fully)]
+        print(f"{size[0]} x {size[1]}: {rates[0]:.1f} images/s, at full size {rates[1]:.1f}")
+        rows.append({"size": size, "images_per_s": rates[0], "at_full_size": rates[1]})
+    print(json.dumps({"rows": rows}))
 
 
 def main():
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", default="transdiff", choices=(*MODELS, "fid", "images"))
-    add("--size", default="tiny")
-    add("--device", help="cpu, cuda, mps (default: the best there is)")
-    add("--batch", type=int, default=8, help="of sampling and the first stage, beside batch 1 (default: 8)")
-    add("--train-batch", type=int, default=8, help="samples of a training step (default: 8)")
-    add("--steps", type=int, help="denoising steps (madformer: of each block; default: the preset's)")
-    add("--cfg", type=float, help="guidance scale (default: the preset's)")
-    add("--tokens", type=int, help="dar with --compare: N (default: the preset's)")
-    add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the model's Config")
-    add("--only", nargs="+", default=["train", "sample", "first"], choices=("train", "sample", "first"))
-    add("--compile", action="store_true", help="compile what is trained, and the samplers' inner step")
-    add("--recompute", action="store_true", help="as in train.py")
-    add("--compare", choices=("plain",), help="the fast sampler against the plain one, in one run")
-    add("--grow", metavar="FIELD=A,B,...", help="sampling as batch, size, steps or a field of the Config grows")
-    add("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    device = common.distributed(args.device)[2]
-    args.device = str(device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    if args.grow:
-        return grow(args)
-    if args.model in MODELS and not args.compare:
-        return bench(args, device)
-    args.steps = args.steps or 25
-    guidance = "guidance 1.5" if args.model in ("transdiff", "dar") else "no guidance"
-    print(f"{args.model} {args.size}, batch {args.batch}, {guidance}, float32, {device}, {torch.get_num_threads()} "
-          f"threads, torch {torch.__version__}; seconds: median (range) of {args.repeats}")
-    (COMPARE | {"fid": bench_fid, "images": bench_images})[args.model](args, device)
+    """Measure what the command line asks for."""
+    args = arguments()
+    process = common.launch(args.device)
+    if args.model == "images":
+        bench_images(args)
+        return
+    model_file = common.load_model(args.model)
+    table = Table(args, process)
+    source = next(stage for stage in model_file.STAGES if stage.load)
+    config = make_config(args, model_file, source)
+    first_stage = frozen(source.build(config), process)
+    stages = [stage for stage in model_file.STAGES if args.size in stage.recipes]
+    if "first" in args.only:
+        with torch.no_grad(), process.autocast():
+            bench_first_stage(args, table, config, first_stage)
+    for stage in stages if "train" in args.only else ():
+        bench_training(args, table, model_file, stage, first_stage)
+    for stage in stages if "sample" in args.only else ():
+        if stage.first_stage:
+            config = make_config(args, model_file, stage)
+            with torch.no_grad(), process.autocast():
+                sampling = Sampling(model_file, stage, config, first_stage, process)
+                bench_sampling(args, table, stage, sampling)
+    print(json.dumps({**table.about, "rows": table.rows}))
 
 
 if __name__ == "__main__":
-    common.command(main)
+    common.run_script(main)

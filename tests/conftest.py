@@ -1,5 +1,5 @@
-"""What several test files need: the repository's root on the path, one thread (small tensors, and the same sums on
-every machine), commands, and a file in the layout of the published Inception weights."""
+"""What several test files need: the repository's root on the path, one thread (small tensors, and
+the same sums on every machine), commands, and a file in the layout of the Inception weights."""
 import json
 import math
 import os
@@ -17,14 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
-SMALL = ["--image-size", "16", "--device", "cpu", "--workers", "0", "--batch-size", "8", "--log-every", "1",
-         "--set", "dim=32", "heads=2", "depth=2", "ar_depth=1", "features=16", "class_tokens=4", "dropout=0.1",
-         "vae.width=8", "vae.channels=4", "vae.groups=4", "steps=3"]
 
 import faults  # noqa: E402
 
 import common  # noqa: E402
 import fid  # noqa: E402
+
+SMALL = {}  # model -> arguments that train it in a moment
+for name, fields in faults.SMALL.items():
+    SMALL[name] = ["--model", name, *faults.BATCH, "--set", *fields]
 
 
 @pytest.fixture(scope="session")
@@ -33,33 +34,35 @@ def pictures(tmp_path_factory):
     return faults.pictures(tmp_path_factory.mktemp("pictures") / "set")
 
 
-def log_of(folder, changes=False):
-    """The lines of a run's log; changes: those that say with what settings it went on."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if ("changed" in line) == changes]
+def log_of(folder):
+    """Return the lines of a run's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def run(*command, cwd=None, code=0):
-    """A command as a user types it; its output."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=ENV, capture_output=True, text=True,
-                          timeout=300)
+    """Run a command as a user types it, and return what it prints."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=ENV,
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr[-3000:]
     assert code == 0 or "Traceback" not in done.stderr
     return done.stdout + done.stderr
 
 
-def torchrun(n, *command, cwd=None):
-    return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, "--", *command, cwd=cwd)
+def torchrun(ranks, *command, cwd=None):
+    """Run a command on several ranks."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, "--")
+    return run(*launcher, *command, cwd=cwd)
 
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """train.main or sample.main with these arguments, here: quicker than a process."""
+    """Run train.main or sample.main with these arguments here: quicker than a process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
         module.main()
+
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -67,24 +70,31 @@ def in_process(monkeypatch):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """torch.compile without a compiler: traces into one graph, a break is an error, and runs that as it is. Counts the
-    graphs."""
+    """torch.compile without a compiler: it traces into one graph, which then runs as it is. A graph
+    break is an error. Yields the list of graphs."""
     torch._dynamo.reset()
-    graphs, compile = [], torch.compile
+    graphs = []
+    compile = torch.compile
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
-    monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend=backend, fullgraph=True))
+
+    def trace(function, **options):
+        return compile(function, backend=backend, fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", trace)
     yield graphs
     torch._dynamo.reset()
 
 
 def refusal(in_process, capsys, module, *arguments):
-    """What a command says that is refused."""
+    """Return what a command prints that ends with an error."""
     with pytest.raises((common.UserError, SystemExit)) as caught:
         in_process(module, *arguments)
-    return str(caught.value) if isinstance(caught.value, common.UserError) else capsys.readouterr().err
+    if isinstance(caught.value, common.UserError):
+        return str(caught.value)
+    return capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")
