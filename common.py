@@ -154,7 +154,7 @@ def override(config, assignments):
 
 
 def parse(text, kind):
-    """Return the value of a type (bool, int, float, str or a tuple of one of them) that a text stands for."""
+    """Return the value of a text as a bool, int, float, str, or a tuple of one of these."""
     if kind is bool:
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if dataclasses.is_dataclass(kind):
@@ -293,7 +293,8 @@ def walk(module, *inputs, depth=2):
     shapes = {}
 
     def note(name, output):
-        output = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, (tuple, list, dict)):
+            output = next(iter(output.values() if isinstance(output, dict) else output))
         if isinstance(output, torch.Tensor):
             shapes.setdefault(name, tuple(output.shape))
 
@@ -1136,7 +1137,7 @@ class Noise:
         self.device = torch.device(device)
         self.generators = []
         for k in indices:
-            state = np.random.SeedSequence((seed, k)).generate_state(1, np.uint64)
+            state = np.random.SeedSequence(seed, spawn_key=(k,)).generate_state(1, np.uint64)
             self.generators.append(torch.Generator().manual_seed(int(state[0])))
 
     def normal(self, shape):
@@ -1239,7 +1240,7 @@ class Stage:
     views: Callable               # config -> (image, size, rng) -> list of pictures, see Samples
     first_stage: str = ""         # the frozen stage whose codes it is trained on; "": images
     start: str = ""               # the stage whose weights it starts from
-    load: Callable | None = None  # path -> frozen module, where published weights may be given
+    load: Callable | None = None  # of first stages: path -> frozen module; the others make pictures
     adapt: Callable = lambda config: config  # the preset's config -> the config of this stage
 
 
@@ -1390,8 +1391,6 @@ def renamed(state, table):
 
     Each line of the table, "pattern -> replacement", is a substitution in all names, in order.
     """
-    if not isinstance(table, str):
-        table = "\n".join(f"{a} -> {b}" for a, b in table)
     for line in table.strip().splitlines():
         pattern, replacement = (part.strip() for part in line.split("->"))
         state = {re.sub(pattern, replacement, name): value for name, value in state.items()}

@@ -506,10 +506,10 @@ class Tokenizer(nn.Module):
         decoding.take(codes)
         return decoding.image
 
-    def reconstruct(self, images, noise, on_step=None):
+    def reconstruct(self, images, noise, on_step=None, **options):
         """Return images (B, 3, h, w) encoded and decoded, in -1 .. 1. noise: common.Noise."""
         start = noise.normal(images.shape[1:])
-        return self.decode(self.encode(images), start, on_step=on_step).clamp(-1, 1)
+        return self.decode(self.encode(images), start, on_step=on_step, **options).clamp(-1, 1)
 
 
 class Decoding:

@@ -20,12 +20,11 @@ Inputs    SAMPLES and REFERENCE are each a folder of pictures; an .npz with uint
           (N, H, W, 3) and perhaps labels arr_1; statistics mu, sigma and perhaps mu_s, sigma_s in
           an .npz, which may also have images, or in a .pt; or a named data set: fashion-mnist is
           its test images, fashion-mnist:train its training images.
-Floor     Real images, too, are at a distance from real images: the fewer they are, the farther.
-          Beside each distance stands that of as many real images as there are samples (`floor`).
+Floor     Two sets of real images also have a distance, which grows as they get smaller. The floor
+          beside a distance is that of as many real images as there are samples: see `floor`.
 """
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -50,15 +49,15 @@ from common import UserError
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
 DIGEST = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-SIDE = 299      # pixels of the network's input
-KEEP = 100_000  # the feature rows of more images are not kept
-META = ("checkpoint", "step", "weights", "cfg", "steps", "seed")  # of sample.py, to be repeated
-NAMES = {"fid": "FID", "fd_classifier": "FD-classifier", "sfid": "sFID", "is": "IS", "n": "N",
-         "reference_n": "reference"}  # as people write them
+SIDE = 299       # pixels of the network's input
+KEEP = 100_000   # images of a set; the features of a larger one are not kept, but its moments are
 LARGEST = 2**30  # bytes of an array in a file, except images
 DATA_SETS = ("shapes", "cifar10", *common.IDX)
-PUBLISHED = ("mu", "sigma", "mu_s", "sigma_s")                        # in files of statistics
-STORED = (*PUBLISHED, "n", "features", "rows", "logits", "labels")    # in those of --save-stats
+PUBLISHED = ("mu", "sigma", "mu_s", "sigma_s")                        # arrays of statistics files
+STORED = (*PUBLISHED, "n", "features", "rows", "logits", "labels")    # those of --save-stats
+META = ("checkpoint", "step", "weights", "cfg", "steps", "seed")      # what is told of sample.py
+NAMES = {"fid": "FID", "fd_classifier": "FD-classifier", "sfid": "sFID", "is": "IS", "n": "N",
+         "reference_n": "reference"}
 
 
 # --- The network ----------------------------------------------------------------------------------
@@ -77,7 +76,7 @@ class Unit(nn.Sequential):
 AVERAGE = nn.AvgPool2d(3, 1, 1, count_include_pad=False)  # torchvision counts the padding
 ROW = (1, 7)
 COLUMN = (7, 1)
-FORK = {"a": (1, 3), "b": (3, 1)}  # two units side by side, at the end of a chain
+FORK = {"a": (1, 3), "b": (3, 1)}  # two units side by side, at the end of a chain; see Mixed
 A = {"branch1x1": [(64, 1)],
      "branch5x5": [(48, 1), (64, 5)],
      "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]}
@@ -98,11 +97,11 @@ def chains_c(c):
 
 
 class Mixed(nn.Module):
-    """A block: chains of units side by side and, as the last branch, a pool. Results are concatenated.
+    """A block of the network: chains of units and a pool, side by side, with results concatenated.
 
     chains: name -> (channels, kernel) or (channels, kernel, stride) of each unit. The units are
-    called name_1, name_2 and so on, or just name if there is one. width: channels of the 1x1 unit
-    that follows the pool, or 0 for none.
+    called name_1, name_2 and so on, or just name if there is only one. width: channels of the 1x1
+    unit that follows the pool, 0 for none.
     """
 
     def __init__(self, c_in, chains, width=192, pool=AVERAGE):
@@ -228,37 +227,28 @@ RESIZE = {"tf1": resize_tf1, "pytorch": resize_pytorch}
 
 # --- Distances ------------------------------------------------------------------------------------
 
-EMPTY = (0, 0.0, 0.0)
-
-
 def moments(rows):
-    """Return (n, mean, scatter) of rows (n, d), in float64.
-
-    scatter (d, d) is the sum of the products of deviations from the mean.
-    """
+    """Return [n, sum (d,), sum of products (d, d)] of rows (n, d), in float64."""
     x = np.asarray(rows, np.float64)
-    mean = x.mean(0)
-    return len(x), mean, (x - mean).T @ (x - mean)
+    return [len(x), x.sum(0), x.T @ x]
 
 
-def merged(moments1, moments2):
-    """Return the moments of two sets together (Chan et al., 1979). Either may be EMPTY."""
-    n1, mean1, scatter1 = moments1
-    n2, mean2, scatter2 = moments2
-    n = n1 + n2
-    delta = mean2 - mean1
-    between = np.multiply.outer(delta * (n1 * n2 / max(n, 1)), delta)
-    return n, mean1 + delta * (n2 / max(n, 1)), scatter1 + scatter2 + between
+def added(*sets):
+    """Return the moments of several sets together."""
+    return [sum(parts) for parts in zip(*sets)]
 
 
-def gaussian(moments):
-    """Return the mean (d,) and the unbiased covariance (d, d) of at least two rows."""
-    n, mean, scatter = moments
-    return mean, scatter / (n - 1)
+def gaussian(n, total, products):
+    """Return the mean (d,) and unbiased covariance (d, d) that moments of at least two rows give.
+
+    The difference cancels digits only where a mean is thousands of times its standard deviation.
+    """
+    mean = total / n
+    return mean, (products - n * np.multiply.outer(mean, mean)) / (n - 1)
 
 
 def trace_sqrt(a, b):
-    """Return Tr (a b)^(1/2) of covariances a, b (d, d). It is never complex, and right for any rank.
+    """Return Tr (a b)^(1/2) of covariances a, b (d, d), which is never complex, for any rank.
 
     With a = R R^T and b = S S^T, the eigenvalues of a b are the squared singular values of
     M = S^T R. For full rank, R and S come from Cholesky, and the eigenvalues of M^T M are exact
@@ -290,26 +280,27 @@ def frechet(m1, s1, m2, s2):
 
 
 def floor(rows, n, draws=5):
-    """Return how far real images are from other real images, given the features (N, d) of N.
+    """Return how far n real images are from other real images, given features (N, d) of real ones.
 
-    A draw is the Frechet distance of m random rows from all other rows; m is n, or N / 2 if that is
-    less. The result is the mean of the draws, their standard deviation, and m.
+    A draw is the Frechet distance between m random rows and all other rows, where m is n, or N / 2
+    if that is less. The result is the mean of the draws, their standard deviation, and m.
     """
     rng = np.random.default_rng(0)
     m = min(n, len(rows) // 2)
     distances = []
     for _ in range(draws):
         drawn, others = np.split(rng.permutation(len(rows)), [m])
-        sides = [gaussian(moments(rows[part])) for part in (drawn, others)]
+        sides = [gaussian(*moments(rows[part])) for part in (drawn, others)]
         distances.append(frechet(*sides[0], *sides[1]))
     return float(np.mean(distances)), float(np.std(distances)), m
 
 
 def inception_score(logits, splits=10, shuffle=True):
-    """Return mean and standard deviation over splits of exp E KL(p(y|x), p(y)); logits (n, classes).
+    """Return the mean and standard deviation, over splits, of exp E KL(p(y|x), p(y)).
 
-    These are the 10 splits of torch-fidelity, of rows in the order of RandomState(2020). The ADM
-    suite takes 5,000 rows as they come, which is the same for 50,000 samples in random order.
+    logits: (n, classes). The defaults are the 10 splits and the shuffle of torch-fidelity. The ADM
+    suite takes 5,000 rows at a time as they come: also ten splits of 50,000 samples, which have to
+    be in random order.
     """
     log_p = torch.as_tensor(logits).double().log_softmax(1)
     n = len(log_p)
@@ -342,7 +333,7 @@ def inside(x, centres, squared_radii, block=512):
 
 
 def precision_recall(samples, reference, device="cpu"):
-    """Return precision and recall of features (n, d) and (m, d), more than 3 of each, in float64."""
+    """Return precision and recall of features (n, d) and (m, d), more than 3 of each."""
     samples = torch.as_tensor(samples).to(device, torch.float64)
     reference = torch.as_tensor(reference).to(device, torch.float64)
     precision = inside(samples, reference, radii(reference)).double().mean()
@@ -355,10 +346,10 @@ def precision_recall(samples, reference, device="cpu"):
 class Source:
     """A set of images, its statistics, or both: see Inputs above. Raise UserError for other files.
 
-    data: the images as common.Data, or None. labels: the class of each image, -1 if not known.
-    classes: their names, if known. statistics: arrays by name. meta: what sample.py wrote beside
-    the images. size: pictures of another size become squares of so many pixels by ADM's centre
-    crop; None leaves them as they are, but is 32 for a named set.
+    data: the images as common.Data, or None. labels: the class of each image, -1 if unknown.
+    classes: their names, or []. statistics: arrays by name. meta: what sample.py wrote beside the
+    images. size: pixels; pictures of another size are centre-cropped to a square, by ADM's rule.
+    None leaves them as they are, and is 32 for a named set.
     """
 
     def __init__(self, path, size=None, data_root="data"):
@@ -376,7 +367,8 @@ class Source:
         elif self.path.is_file():
             self.open_file()
         else:
-            raise UserError(f"{path}: no such folder or file, and not one of {', '.join(DATA_SETS)}")
+            names = ", ".join(DATA_SETS)
+            raise UserError(f"{path}: no such folder or file, and not one of {names}")
         beside = self.beside("meta.json")
         self.meta = {}
         if beside.is_file():
@@ -386,15 +378,15 @@ class Source:
             self.find_labels()
 
     def beside(self, name):
-        """Return the path of a file of ours about the set: in a folder, or beside a file."""
+        """Return the path of a file about this set, which is in a folder or beside a file."""
         if self.path.is_dir():
             return self.path / name
         return self.path.with_name(self.path.name.replace(":", "-")).with_suffix(f".{name}")
 
     def find_labels(self):
-        """Take the labels of the data, or those in names such as 000123_class4.png.
+        """Take the labels of the data, or those in file names such as 000123_class4.png.
 
-        Take none if meta says that they are not of classes: of prompts, for example.
+        Take none if meta says that they are not of classes, but of prompts, for example.
         """
         self.labels = self.data.labels
         self.classes = self.data.classes
@@ -409,10 +401,10 @@ class Source:
         """Read images, statistics or both from an .npz, or statistics from a .pt."""
         ending = self.path.suffix.lower()
         if ending not in (".npz", ".pt"):
-            raise UserError(f"{self.path}: not .npz or .pt; a pickle is not read, as it may run code")
+            raise UserError(f"{self.path}: neither .npz nor .pt; a pickle could run code: not read")
         with common.untrusted(self.path, "neither images nor statistics"):
-            read = stored_arrays if ending == ".npz" else common.read_checkpoint
-            content = read(self.path)
+            reader = stored_arrays if ending == ".npz" else common.read_checkpoint
+            content = reader(self.path)
             if "mu" in content:
                 names = STORED if "features" in content else PUBLISHED
                 self.statistics = {k: np.asarray(content[k]) for k in names if k in content}
@@ -423,7 +415,7 @@ class Source:
                 raise ValueError("it has neither arr_0 nor mu")
 
     def take_images(self, images, labels):
-        """Make images (n, H, W, 3), perhaps memory-mapped, and labels (n,) or None the data."""
+        """Take images (n, H, W, 3), perhaps memory-mapped, and labels (n,) or None as the data."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
             raise ValueError(f"arr_0 is {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
         if labels is None or labels.shape != images.shape[:1]:
@@ -447,7 +439,7 @@ class Source:
 
 
 def stored_arrays(path):
-    """Return the known arrays of an .npz. Raise ValueError for giant statistics."""
+    """Return those arrays of an .npz that are known here. Raise ValueError for giant ones."""
     arrays = {}
     with np.load(path, allow_pickle=False) as archive:
         for name in {"arr_0", "arr_1", *STORED}.intersection(archive.files):
@@ -462,7 +454,7 @@ def stored_arrays(path):
 
 
 def mapped_array(path, offset):
-    """Return an uncompressed array of an .npz, memory-mapped, given the offset of its zip header."""
+    """Return an uncompressed array of an .npz, memory-mapped. offset: of its header in the zip."""
     with open(path, "rb") as f:
         f.seek(offset)
         f.seek(offset + f.read(2**10).index(b"\x93NUMPY"))
@@ -501,14 +493,14 @@ class Classifier(nn.Module):
 
 
 def load_classifier(reference, data_root, device):
-    """Return a classifier of the reference's classes; for a named set, of its training images.
+    """Return a classifier trained on the reference, or on the training images of a named set.
 
-    It is trained once and kept beside the reference. Raise UserError without two classes.
+    It is trained once and kept beside the reference. Raise UserError if there are no two classes.
     """
     labels = reference.labels
     if labels is None or not 0 <= labels.min() < labels.max() < 10**5:
-        raise UserError(f"--features classifier: {reference.path} has no labels of two classes: give"
-                        " a named data set, class folders, or an .npz with arr_1")
+        raise UserError(f"--features classifier: {reference.path} has no labels of two classes:"
+                        " give a named data set, class folders, or an .npz with arr_1")
     file = reference.path.resolve().with_suffix(".classifier")
     if reference.named:
         name = str(reference.path).partition(":")[0]
@@ -539,7 +531,7 @@ def train_classifier(network, reference, device):
     for i in range(0, len(reference.labels), stride):
         image = common.centre_crop(reference.data.read(i), network.side)
         images.append(common.from_pil(image))
-    images = torch.stack(images)
+    images = torch.stack(images).to(memory_format=torch.channels_last)  # as `resize` has them
     labels = torch.from_numpy(reference.labels[::stride])
     epochs = max(3, math.ceil(100 / math.ceil(len(images) / 128)))
     rng = torch.Generator().manual_seed(0)
@@ -567,19 +559,19 @@ class Features:
     def __init__(self, keep=True):
         self.keep = keep
         self.broken = 0
-        self.moments = {"": EMPTY, "_s": EMPTY}  # of mu and of mu_s
+        self.moments = {"": [0, 0, 0], "_s": [0, 0, 0]}  # of mu and of mu_s
         self.batches = []
 
     def add(self, labels, rows, logits, spatial=None):
         """Add arrays: labels (B,), features (B, d), logits (B, classes), spatial (B, s)."""
-        self.moments[""] = merged(self.moments[""], moments(rows))
+        self.moments[""] = added(self.moments[""], moments(rows))
         if spatial is not None:
-            self.moments["_s"] = merged(self.moments["_s"], moments(spatial))
+            self.moments["_s"] = added(self.moments["_s"], moments(spatial))
         if self.keep:
             self.batches.append((rows, logits, labels))
 
     def gathered(self):
-        """Return what all ranks have, in their order: a dict of arrays on rank 0, None elsewhere."""
+        """Return what all ranks have, in order of rank: a dict on rank 0, None elsewhere."""
         rank, world = common.ranks()
         parts = [self] * world
         if world > 1:
@@ -587,11 +579,11 @@ class Features:
         if rank > 0:
             return None
         whole = {"broken": sum(part.broken for part in parts)}
-        for end in ("_s", ""):
-            total = functools.reduce(merged, [part.moments[end] for part in parts])
-            whole["n"] = total[0]
-            if total[0] > 1:
-                whole[f"mu{end}"], whole[f"sigma{end}"] = gaussian(total)
+        for end in ("_s", ""):  # so that n is that of mu
+            together = added(*[part.moments[end] for part in parts])
+            whole["n"] = together[0]
+            if together[0] > 1:
+                whole[f"mu{end}"], whole[f"sigma{end}"] = gaussian(*together)
         batches = [batch for part in parts for batch in part.batches]
         for name, arrays in zip(("rows", "logits", "labels"), zip(*batches)):
             whole[name] = np.concatenate(arrays)
@@ -599,12 +591,12 @@ class Features:
 
 
 class Evaluator:
-    """A reference, and the network that extracts the features of it and of samples.
+    """A reference, and the network that extracts its features and those of samples.
 
-    All ranks construct it and call its methods; rank 0 has the numbers. reference: see Source; None
-    to extract only. features: "inception" (with resize "tf1" or "pytorch", and weights as in
-    load_inception) or "classifier". size, data_root: see Source. batch: images that the network
-    sees at a time. Raise UserError for an unusable reference.
+    All ranks construct it and call its methods; the numbers are on rank 0. reference, size and
+    data_root: see Source; without a reference there are features only. features: "inception", with
+    resize "tf1" or "pytorch" and weights as in load_inception, or "classifier". batch: how many
+    images are read at a time. Raise UserError for an unusable reference.
     """
 
     def __init__(self, reference, features="inception", *, resize="tf1", weights=None, size=None,
@@ -662,20 +654,21 @@ class Evaluator:
     def side(self, source):
         """Return the features and statistics of a Source: a dict on rank 0, None elsewhere.
 
-        Statistics in a file take the place of those of the images beside them, and n = 0 says that
-        their number is not known. Raise UserError if they are not finite or of other features.
+        If a file has statistics, its images give features only; n is 0 if the file does not say of
+        how many images it is. Raise UserError for statistics that are not finite, not of this
+        network or of less than two images.
         """
         known = source.statistics
         if not self.inception and "features" not in known:
             known = {}  # published statistics are Inception's
         if str(known.get("features", self.name)) != self.name:
-            raise UserError(f"{source.path} has features of {known['features']}, not of {self.name}")
+            raise UserError(f"{source.path} is of {known['features']}, not of {self.name}")
         found = {}
         if source.data and "rows" not in known:
             found = self.extract_all(source)
         if common.ranks()[0] > 0:
             return None
-        if known:
+        if known:  # and not the statistics of the images beside them
             found = {name: found[name] for name in found if name not in PUBLISHED}
         side = {"n": 0, **found, **known}
         if "mu" not in side:
@@ -693,7 +686,11 @@ class Evaluator:
         return self.compare(features.gathered())
 
     def compare(self, samples):
-        """Return all numbers that two sides allow: a dict for that of the samples, None for None."""
+        """Return all numbers that the reference and the samples allow; None for None.
+
+        samples: what `side` or `Features.gathered` returns. The numbers are a dict: fid or
+        fd_classifier, floor, sfid, is, precision, recall and accuracy, and counts of images.
+        """
         if samples is None:
             return None
         reference = self.reference
@@ -719,7 +716,8 @@ class Evaluator:
             device = self.device if self.device.type == "cuda" else "cpu"  # MPS has no float64
             shares = precision_recall(samples["rows"], reference["rows"], device)
             numbers["precision"], numbers["recall"] = shares
-        return {**numbers, "n": n, "reference_n": reference["n"], "broken": samples.get("broken", 0)}
+        broken = samples.get("broken", 0)
+        return {**numbers, "n": n, "reference_n": reference["n"], "broken": broken}
 
 
 def describe(numbers):

@@ -505,7 +505,8 @@ class MADFormer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c = self.config = config
+        self.config = config
+        c = config
         self.down = Downsampler(c)
         self.up = Upsampler(c, self.down.skip_widths)
         self.boi = nn.Parameter(torch.randn(1, c.tokens, c.dim))         # before the first block
@@ -518,11 +519,12 @@ class MADFormer(nn.Module):
         grid = torch.stack(torch.meshgrid(side, side, indexing="ij"))    # (2, side, side)
         grid = self.cut(grid[None])[0].transpose(0, 1).flatten(1)        # (2, T n)
         place = torch.arange(grid.shape[1]) // c.tokens
-        self.register_buffer("image", torch.cat([place[None], grid]), persistent=False)
+        image = torch.cat([place[None], grid])                           # (3, T n)
+        self.register_buffer("image", image, persistent=False)
         self.register_buffer("alphas_bar", alphas_bar(), persistent=False)
         self.memory = None  # see compile_steps
-        # Without its loss the clean tower ends in the last attention, without the condition the AR
-        # layers end in nothing. DDP must know that some parameters may get no gradient.
+        # DDP must know whether some parameters may get no gradient: without the clean-tower loss
+        # that tower's output is unused, and without the condition that of the AR layers.
         self.idle_parameters = not c.condition or c.clean_blocks and not c.clean_weight
         self.initialise()
 
@@ -540,14 +542,14 @@ class MADFormer(nn.Module):
 
     def cut(self, latents):
         """Cut latents (B, z, h', w') into square blocks (B, T, z, p, p) in raster order."""
-        n = self.config.across
-        blocks = latents.unflatten(3, (n, -1)).unflatten(2, (n, -1))     # (B, z, n, p, n, p)
+        across = self.config.across
+        blocks = latents.unflatten(3, (across, -1)).unflatten(2, (across, -1))
         return blocks.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
     def join(self, blocks):
         """Join blocks (B, T, z, p, p) to latents (B, z, h', w'): the inverse of cut."""
-        n = self.config.across
-        latents = blocks.unflatten(1, (n, n)).permute(0, 3, 1, 4, 2, 5)
+        across = self.config.across
+        latents = blocks.unflatten(1, (across, across)).permute(0, 3, 1, 4, 2, 5)
         return latents.flatten(4, 5).flatten(2, 3)
 
     def noised(self, x, eps, t):
@@ -561,7 +563,7 @@ class MADFormer(nn.Module):
         return self.up(tokens, self.up.time(t.flatten()), skips).unflatten(0, t.shape)
 
     def image_layout(self, kind):
-        """Return the layout (4, T n) of the rows of all blocks, CLEAN or NOISE."""
+        """Return the layout (4, T n) of the rows of all blocks, of kind CLEAN or NOISE."""
         return F.pad(self.image, (0, 0, 1, 0), value=kind)
 
     def text_layout(self, text):
@@ -578,9 +580,10 @@ class MADFormer(nn.Module):
     def run_layers(self, rows, layout, text, z):
         """Run all rows through all layers under the attention mask, as in training.
 
-        rows: tower -> (B, m, dim), in the order of the layout. The noise tower's rows come as the
-        tokens of the block before theirs; after the AR layers their noisy latents z (B, m, dim) are
-        added. Return the rows after the last layer, and the condition (B, m, dim).
+        rows: tower -> (B, m, dim), in the order of the layout. text: see visibility. The rows of
+        the noise tower come as the tokens of the block before theirs. After the AR layers their own
+        noisy latents z (B, m, dim) are added. Return the rows after the last layer, and the
+        condition (B, m, dim).
         """
         c = self.config
         rotary = rotary_grid(layout[2], layout[3], c.side)
@@ -613,7 +616,7 @@ class MADFormer(nn.Module):
 
         rows = {}
         layouts = []
-        text = labels[None, :0]                                          # (1, 0): none
+        text = labels[None, :0]                                          # (1, 0): no text
         if c.text:
             text = F.pad(self.names[labels], (0, 1), value=EOI)          # (B, L + 1)
             rows["text"] = self.embed(text)
@@ -687,7 +690,7 @@ class MADFormer(nn.Module):
     def prefill_text(self, labels, prompt=None):
         """Run the text of labels (B,) into a new cache, and return the Span of each block."""
         c = self.config
-        text = labels[None, :0]                                          # (1, 0): none
+        text = labels[None, :0]                                          # (1, 0): no text
         if c.text:
             text = tokenize(conditions(c, prompt)).to(labels.device)[labels]  # (B, L)
         layout = torch.cat([self.text_layout(text), self.image_layout(CLEAN)], 1)
@@ -824,19 +827,29 @@ STAGES = [common.vae_stage(vae_views),
 
 # --- Released checkpoints -------------------------------------------------------------------------
 
-RELEASED = [  # released name -> ours
-    (r"^boi_block", "boi"), (r"^downsampler\.", "down."), (r"^upsampler\.", "up."),
-    (r"time_embedding\.linear_1\.weight", "time.first"),
-    (r"time_embedding\.linear_2\.weight", "time.second"),
-    (r"(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", r"layers.\2_\3."),
-    (r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", r"layers.\2_\3.attention."),
-    (r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.conv", r"layers.resample_\2"),
-    (r"time_emb_proj", "time"), (r"conv_shortcut", "shortcut"), (r"group_norm", "norm"),
-    (r"to_out\.0", "out"), (r"to_(q|k|v)\.", r"qkv.\1."), (r"(gate|up|down)_proj", r"\1"),
-    (r"^blocks\.(\d+)\.(self_attn\.|mlp_list\.(?=\d))?", r"layers.\1."),
-    (r"(qkv|q_norm|k_norm|proj|\w+_layernorm)_list\.(\d)", r"\2.\1"),
-    (r"input_layernorm", "norm1"), (r"post_attention_layernorm", "norm2"),
-    (r"^(layers\.\d+)\.0\.", r"\1.towers.clean."), (r"^(layers\.\d+)\.1\.", r"\1.towers.noise.")]
+# Released name -> ours.
+RELEASED = r"""
+^boi_block                                          -> boi
+^downsampler\.                                      -> down.
+^upsampler\.                                        -> up.
+time_embedding\.linear_1\.weight                    -> time.first
+time_embedding\.linear_2\.weight                    -> time.second
+(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.           -> layers.\2_\3.
+(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.        -> layers.\2_\3.attention.
+(down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.conv -> layers.resample_\2
+time_emb_proj                                       -> time
+conv_shortcut                                       -> shortcut
+group_norm                                          -> norm
+to_out\.0                                           -> out
+to_(q|k|v)\.                                        -> qkv.\1.
+(gate|up|down)_proj                                 -> \1
+^blocks\.(\d+)\.(self_attn\.|mlp_list\.(?=\d))?     -> layers.\1.
+(qkv|q_norm|k_norm|proj|\w+_layernorm)_list\.(\d)   -> \2.\1
+input_layernorm                                     -> norm1
+post_attention_layernorm                            -> norm2
+^(layers\.\d+)\.0\.                                 -> \1.towers.clean.
+^(layers\.\d+)\.1\.                                 -> \1.towers.noise.
+"""
 ARGUMENTS = {  # argument in a file -> field, and its value if the argument is set (None: the same)
     "diff_depth": ("diffusion_depth", None),
     "ar_len": ("ar_length", None),
@@ -897,7 +910,7 @@ def main():
         shape = (c.depth, c.diffusion_depth, c.dim, c.mlp, c.ar_length, c.tokens)
         columns = "".join(f"{value:6d}" for value in shape)
         print(f"{name:10s}{columns} {count:15,d}  {PUBLISHED.get(name, '-'):>9s}")
-    c = PRESETS["tiny"]
+    c = dataclasses.replace(PRESETS["tiny"], class_names=tuple(common.SHAPES))
     latents = torch.randn(2, c.vae.channels, c.latent_size, c.latent_size)
     print(f"\nlatents {tuple(latents.shape)} and labels (2,) through MADFormer.forward")
     loss = common.walk(MADFormer(c), latents, torch.tensor([0, 1]), depth=3)

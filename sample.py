@@ -82,7 +82,7 @@ def main():
     if args.stream and not is_picture:
         raise UserError("--stream writes a .png or .gif")
     if args.reconstruct:
-        job = Reconstruction(args, model_file, process.device)
+        job = Reconstruction(args, model_file, options, process.device)
     else:
         job = Generation(args, model_file, options, process)
     meta = {**job.about, "seed": args.seed, "count": len(job.labels),
@@ -160,10 +160,14 @@ class Reconstruction:
 
     compiles = False
 
-    def __init__(self, args, model_file, device):
+    def __init__(self, args, model_file, options, device):
         stage = next(stage for stage in model_file.STAGES if stage.load)
         path = args.first_stage or args.ckpt or find_run(args, [stage])
         self.first_stage = stage.load(path).to(device)
+        for name in options:
+            if not hasattr(self.first_stage.config, name):
+                raise UserError(f"--{name.replace('_', '-')} does not act on reconstructions")
+        self.options = options
         self.seed = args.seed
         self.device = device
         self.size = getattr(self.first_stage.config, "image_size", args.image_size)
@@ -176,7 +180,7 @@ class Reconstruction:
             self.labels = self.data.labels[:args.n or STRIPS].tolist()
             self.names = self.data.classes
         self.about = {"checkpoint": str(path), "weights_hash": common.fingerprint(self.first_stage),
-                      "reconstruct": self.files, "labels": "of the data"}
+                      "reconstruct": self.files, "labels": "of the data", **options}
 
     def original(self, index):
         """Return an image to reconstruct, uint8 (3, h, w)."""
@@ -189,7 +193,8 @@ class Reconstruction:
         images = common.to_float(torch.stack([self.original(i) for i in indices]).to(self.device))
         estimates = []
         noise = common.Noise(self.seed, indices, self.device)
-        result = self.first_stage.reconstruct(images, noise, on_step=estimates.append)
+        result = self.first_stage.reconstruct(images, noise, on_step=estimates.append,
+                                              **self.options)
         estimates = estimates or [result]  # a first stage without steps
         for estimate in [images, *estimates[:-1]] if on_step else ():  # the result follows
             on_step(estimate)
@@ -220,7 +225,7 @@ def load(args, model_file, device):
         stages = {stage.name: stage for stage in model_file.STAGES if not stage.load}
         path = find_run(args, list(stages.values()))
         content = common.read_checkpoint(path)
-        if content.get("model_name") != args.model or content.get("stage") not in stages:
+        if content.get("model_name") != args.model or content.get("stage") not in list(stages):
             raise UserError(f"{path} is not a model of {args.model} that makes pictures")
         with common.untrusted(path):
             config = common.rebuild(model_file.Config, content["config"])

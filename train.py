@@ -436,7 +436,8 @@ def codes(run, batch):
 
 def reseed(*numbers):
     """Make all that is drawn next a function of these numbers."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    sequence = np.random.SeedSequence(numbers[0], spawn_key=numbers[1:])
+    state = sequence.generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
 
 
@@ -455,8 +456,9 @@ def about(run):
     args = run.args
     return {"model_name": args.model, "size": args.size, "stage": run.stage.name,
             "data": run.data.name, "first_stage": run.first_stage_path,
-            "config": dataclasses.asdict(run.config), "recipe": dataclasses.asdict(run.recipe), "steps": run.steps, "seed": args.seed,
-            "precision": run.process.precision, "torch": str(torch.__version__)}
+            "config": dataclasses.asdict(run.config), "recipe": dataclasses.asdict(run.recipe),
+            "steps": run.steps, "seed": args.seed, "precision": run.process.precision,
+            "torch": str(torch.__version__)}
 
 
 def save(run):
@@ -524,6 +526,9 @@ def make_evaluator(run):
     starts."""
     if run.stage.load or not run.args.fid_every:
         return None
+    least = max(4, run.process.world)
+    if run.args.fid_samples < least:
+        raise UserError(f"--fid-samples must be {least} or more")
     features = "classifier" if run.args.size == "tiny" else "inception"
     return fid.Evaluator(run.args.data, features, size=run.config.image_size,
                          data_root=run.args.data_root, device=run.process.device)

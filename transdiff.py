@@ -45,8 +45,8 @@ class Config:
     features: int = 256                 # M semantic features; MRAR: of all images together
     images: int = 4                     # R of MRAR: the predicted image and R - 1 references
     mrar: bool = False                  # False: 1-step AR
-    feed: str = "latents"               # MRAR: earlier images return as "latents" (Eq. 11; released)
-                                        # or "features" (Alg. 2: only the last round is decoded)
+    feed: str = "latents"               # MRAR feeds back "latents" (Eq. 11, released) or
+                                        # "features" (Alg. 2: only the last round is decoded)
     dropout: float = 0.1                # in attention, after attention and in the MLP, 0 .. 1
     label_drop: float = 0.1             # share of training samples that lose their label, 0 .. 1
     repeat: int = 4                     # draws of (t, eps) per image and AR pass

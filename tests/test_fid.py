@@ -38,8 +38,8 @@ def test_the_distance_is_symmetric_and_zero_for_equal_sets():
     """A root of the product in the wrong order, or one that is complex, breaks this."""
     rng = np.random.default_rng(0)
     for n in (40, 5):
-        a = fid.gaussian(fid.moments(rng.standard_normal((n, 20))))
-        b = fid.gaussian(fid.moments(rng.standard_normal((n, 20))))
+        a = fid.gaussian(*fid.moments(rng.standard_normal((n, 20))))
+        b = fid.gaussian(*fid.moments(rng.standard_normal((n, 20))))
         assert fid.frechet(*a, *b) == pytest.approx(fid.frechet(*b, *a), rel=1e-9)
         assert abs(fid.frechet(*a, *a)) < 1e-9
 
@@ -63,16 +63,8 @@ def test_precision_and_recall_know_collapse_from_spread():
     assert precision < 0.2 and recall > 0.9
 
 
-def test_blocks_of_any_size_give_the_same_neighbours():
-    """A block's rows compared with one another only would shrink every radius."""
-    x = torch.from_numpy(np.random.default_rng(0).standard_normal((700, 4)))
-    torch.testing.assert_close(fid.radii(x, block=3), fid.radii(x))
-    few = fid.radii(x[:9])
-    assert torch.equal(fid.inside(x, x[:9], few, block=1), fid.inside(x, x[:9], few))
-
-
 def test_the_score_of_certain_and_uniform_predictions():
-    """Ten classes, each equally often and for certain: 10. In class order only a shuffle saves it."""
+    """Ten classes, equally often and for certain: 10. In class order only a shuffle saves it."""
     certain = 50 * np.eye(10)[np.arange(1000) % 10]
     assert fid.inception_score(certain, splits=1)[0] == pytest.approx(10, rel=1e-6)
     assert fid.inception_score(np.ones((100, 10))) == pytest.approx((1, 0), abs=1e-9)
@@ -84,7 +76,7 @@ def test_the_score_of_certain_and_uniform_predictions():
 # --- Sets of images -------------------------------------------------------------------------------
 
 class Small(nn.Module):
-    """Six features, four logits and two spatial features of a picture, in the place of Inception."""
+    """Six features, four logits and two spatial features, in the place of Inception."""
     widths = {"": 6, "_s": 2}
 
     def forward(self, x):
@@ -170,18 +162,6 @@ def test_saved_statistics_need_no_second_pass(images, evaluate, monkeypatch):
     assert same(found, exact, ALL) and found["n"] == found["reference_n"] == 8
 
 
-def test_real_features_hardly_depend_on_the_batch(images, inception_file, tmp_path):
-    """The network of real size; one image at a time, and all at once."""
-    np.savez(tmp_path / "x.npz", arr_0=images[:3])
-    sides = []
-    for batch in (1, 8):
-        evaluator = fid.Evaluator(None, weights=inception_file, batch=batch)
-        sides.append(evaluator.side(fid.Source(tmp_path / "x.npz")))
-    for name in ("rows", "mu", "sigma", "mu_s", "sigma_s"):
-        difference = np.abs(sides[0][name] - sides[1][name]).max()
-        assert difference < 1e-4 * np.abs(sides[0][name]).max(), name
-
-
 def test_broken_files_are_named_counted_and_left_out(images, evaluate, tmp_path):
     """They are as if they had never been there; sizes and modes may differ."""
     np.savez("b.npz", arr_0=images[8:])
@@ -216,7 +196,7 @@ def test_the_line_says_how_the_samples_were_made(images, evaluate, tmp_path):
     assert found["weights"] == "EMA" and found["torch"] == torch.__version__ and "x" not in found
     line = next(line for line in said.splitlines() if line.startswith("FID "))
     for part in ("floor of 4 real images", "N 8, reference 8", "of 50,000 samples", "FFHQ of 8,000",
-                 "weights EMA, cfg 1.5", "step 900", "features inception-01234567-pytorch", "b.npz"):
+                 "weights EMA, cfg 1.5", "step 900", "inception-01234567-pytorch", "b.npz"):
         assert part in line, part
 
 
@@ -285,7 +265,7 @@ def test_the_classifier_tells_good_from_bad(classify):
 
 
 def test_labels_come_from_file_names_but_not_from_prompts(classify, labelled):
-    """A flat folder is one class to the reader of folders, and prompts are numbered like classes."""
+    """A flat folder is one class to its reader, and prompts are numbered like classes."""
     assert classify("named")[0]["accuracy"] >= 0.75
     (labelled / "named" / "meta.json").write_text('{"labels": "prompts"}')
     assert "accuracy" not in classify("named")[0]
@@ -346,43 +326,43 @@ X = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
 SIX = {"mu": np.zeros(6), "sigma": np.eye(6)}
 FILES = {  # name: content
     "b": {"arr_0": X}, "float": {"arr_0": X / 255}, "grey": {"arr_0": X[..., 0]},
-    "one": {"arr_0": X[:1]}, "other": {"weights": X}, "void": {"arr_0": X[:, :0, :0]},
+    "one": {"arr_0": X[:1]}, "void": {"arr_0": X[:, :0, :0]},
     "half": {"arr_0": X, "mu": np.zeros(6)}, "tall": {**SIX, "mu": np.zeros((6, 1))},
     "wide": {"mu": np.zeros(64), "sigma": np.eye(64)}, "nan": {**SIX, "mu": np.full(6, np.nan)},
-    "objects": {"arr_0": np.array([{}, {}])}, "giant": {**SIX, "rows": np.zeros((2**12, 6))},
+    "objects": {"arr_0": np.array([{}, {}])},
+    "giant": {**SIX, "features": "x", "rows": np.zeros((2**12, 6))},
     "foreign": {**SIX, "features": "inception-x-pytorch"}}
 CLASSIFIER = ("--features", "classifier")
 
 
 @pytest.mark.parametrize("arguments,words", [
     (["nowhere", "b.npz"], "nowhere: no such folder or file"),
-    (["b.npz", "nowhere"], "nowhere: no such folder or file"),
     (["fashion-mnist:tset", "b.npz"], "no such folder or file, and not one of shapes"),
     (["b.npz"], "give a REFERENCE"), (["empty", "b.npz"], "empty: no picture"),
     (["mixed", "b.npz"], "mixed has 1 pictures at its top"),
     (["rotten", "b.npz"], "no readable picture"),
     (["float.npz", "b.npz"], "float64 (4, 8, 8, 3), not uint8"),
     (["grey.npz", "b.npz"], "uint8 (4, 8, 8), not uint8"),
-    (["other.npz", "b.npz"], "it has neither arr_0 nor mu"),
+    (["void.npz", "b.npz"], "uint8 (4, 0, 0, 3), not uint8"),
     (["wrong.pt", "b.npz"], "it has neither arr_0 nor mu"),
     (["text.npz", "b.npz"], "neither images nor"), (["cut.npz", "b.npz"], "neither images nor"),
-    (["bare.npz", "b.npz"], "neither images nor"), (["void.npz", "b.npz"], "neither images nor"),
-    (["objects.npz", "b.npz"], "array of Python objects"), (["giant.npz", "b.npz"], "rows is too large"),
-    (["stats.pkl", "b.npz"], "a pickle is not read, as it may run code"),
+    (["objects.npz", "b.npz"], "array of Python objects"),
+    (["giant.npz", "b.npz"], "rows is too large"),
+    (["stats.pkl", "b.npz"], "a pickle could run code: not read"),
     (["b.npz", "half.npz"], "half.npz is unusable as statistics"),
     (["b.npz", "tall.npz"], "tall.npz is unusable as statistics"),
-    (["b.npz", "wide.npz"], "wide.npz is unusable as statistics"),
-    (["b.npz", "nan.npz"], "mu: not finite"),
-    (["b.npz", "foreign.npz"], "has features of inception-x-pytorch, not of inception-01234567"),
+    (["b.npz", "wide.npz"], "mu: not finite, or not of 6 features"),
+    (["b.npz", "nan.npz"], "mu: not finite, or not of 6 features"),
+    (["b.npz", "foreign.npz"], "is of inception-x-pytorch, not of inception-01234567-tf1"),
     (["one.npz", "b.npz"], "one.npz: statistics need two readable images, not 1"),
     (["b.npz", "nan.npz", *CLASSIFIER], "nan.npz has no labels of two classes"),
     (["b.npz", "b.npz", *CLASSIFIER], "b.npz has no labels of two classes"),
     (["b.npz", "--save-stats", "x.npz", *CLASSIFIER], "give a REFERENCE"),
     (["b.npz", "--save-stats", "b.npz"], "--save-stats writes a new .npz"),
-    (["b.npz", "--save-stats", "x.pt"], "--save-stats writes a new .npz"),
     (["b.npz", "cifar10"], "cannot download"),
     (["b.npz", "b.npz", "--batch-size", "0"], "--batch-size is 1 or more")])
-def test_mistakes_are_one_line(evaluate, in_process, tmp_path, monkeypatch, capsys, arguments, words):
+def test_mistakes_are_one_line(evaluate, in_process, tmp_path, monkeypatch, capsys, arguments,
+                               words):
     """Neither a traceback nor a file is left."""
     monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=OSError("no network")))
     for name, content in FILES.items():
@@ -391,8 +371,6 @@ def test_mistakes_are_one_line(evaluate, in_process, tmp_path, monkeypatch, caps
     (tmp_path / "cut.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:500])
     (tmp_path / "text.npz").write_text("hello")
     (tmp_path / "stats.pkl").write_text("hello")
-    with open("bare.npz", "wb") as f:
-        np.save(f, X)
     torch.save({"x": torch.zeros(3)}, "wrong.pt")
     (tmp_path / "empty").mkdir()
     save_folder(tmp_path / "mixed", X[:1])
@@ -420,12 +398,6 @@ def test_weights_that_are_not_inceptions_are_refused(tmp_path, monkeypatch):
     torch.save({"x": torch.zeros(3)}, file)
     with pytest.raises(UserError, match="is damaged: delete it"):
         fid.load_inception()
-
-
-def test_the_command_itself(labelled):
-    """A mistake ends with exit code 2 and one line."""
-    said = run(ROOT / "fid.py", "good.npz", "nowhere", cwd=labelled, code=2)
-    assert said.startswith("error: nowhere: no such folder") and said.count("\n") == 1
 
 
 # --- Other people's tools, where they are installed -----------------------------------------------

@@ -386,21 +386,27 @@ def test_impossible_configurations_are_refused(changes, words):
 
 # --- Released files -------------------------------------------------------------------------------
 
-TO_RELEASED = [  # our name -> released name, written down once more from the page of the layout
-    (r"^boi", "boi_block"), (r"^(down|up)\.", r"\1sampler."),
-    (r"\.time\.first", ".time_embedding.linear_1.weight"),
-    (r"\.time\.second", ".time_embedding.linear_2.weight"),
-    (r"^(down|up)(.*)layers\.resample_(\d)\.", r"\1\2\1_blocks.\3.\1samplers.0.conv."),
-    (r"^(down|up)(.*)layers\.(\d)_(\d)\.attention\.", r"\1\2\1_blocks.\3.attentions.\4."),
-    (r"^(down|up)(.*)layers\.(\d)_(\d)\.", r"\1\2\1_blocks.\3.resnets.\4."),
-    (r"(resnets\.\d\.)time", r"\1time_emb_proj"), (r"shortcut", r"conv_shortcut"),
-    (r"(attentions\.\d\.)norm", r"\1group_norm"), (r"(attentions\.\d\.)out", r"\1to_out.0"),
-    (r"(attentions\.\d\.)qkv\.", r"\1to_"), (r"^layers\.(\d)\.towers\.clean", r"blocks.\1.0"),
-    (r"^layers\.(\d)\.towers\.noise", r"blocks.\1.1"),
-    (r"^(blocks\.\d)\.(\d)\.(qkv|q_norm|k_norm|proj)\.", r"\1.self_attn.\3_list.\2."),
-    (r"^(blocks\.\d)\.(\d)\.(gate|up|down)\.", r"\1.mlp_list.\2.\3_proj."),
-    (r"^(blocks\.\d)\.(\d)\.norm1\.", r"\1.input_layernorm_list.\2."),
-    (r"^(blocks\.\d)\.(\d)\.norm2\.", r"\1.post_attention_layernorm_list.\2.")]
+# Our name -> released name, written down once more from the page of the layout.
+TO_RELEASED = r"""
+^boi                                            -> boi_block
+^(down|up)\.                                    -> \1sampler.
+\.time\.first                                   -> .time_embedding.linear_1.weight
+\.time\.second                                  -> .time_embedding.linear_2.weight
+^(down|up)(.*)layers\.resample_(\d)\.           -> \1\2\1_blocks.\3.\1samplers.0.conv.
+^(down|up)(.*)layers\.(\d)_(\d)\.attention\.    -> \1\2\1_blocks.\3.attentions.\4.
+^(down|up)(.*)layers\.(\d)_(\d)\.               -> \1\2\1_blocks.\3.resnets.\4.
+(resnets\.\d\.)time                             -> \1time_emb_proj
+shortcut                                        -> conv_shortcut
+(attentions\.\d\.)norm                          -> \1group_norm
+(attentions\.\d\.)out                           -> \1to_out.0
+(attentions\.\d\.)qkv\.                         -> \1to_
+^layers\.(\d)\.towers\.clean                    -> blocks.\1.0
+^layers\.(\d)\.towers\.noise                    -> blocks.\1.1
+^(blocks\.\d)\.(\d)\.(qkv|q_norm|k_norm|proj)\. -> \1.self_attn.\3_list.\2.
+^(blocks\.\d)\.(\d)\.(gate|up|down)\.           -> \1.mlp_list.\2.\3_proj.
+^(blocks\.\d)\.(\d)\.norm1\.                    -> \1.input_layernorm_list.\2.
+^(blocks\.\d)\.(\d)\.norm2\.                    -> \1.post_attention_layernorm_list.\2.
+"""
 
 
 def published(**args):

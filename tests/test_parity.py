@@ -110,8 +110,9 @@ def test_vae_diffusers(names):
     f = Fixture("vae")
     state = f.state("sd_state/")
     if names == "old":
-        table = {"to_q": "query", "to_k": "key", "to_v": "value", r"to_out\.0": "proj_attn"}
-        state = common.renamed(state, table.items())
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"),
+                         (r"to_out\.0", "proj_attn")):
+            state = common.renamed(state, f"{new} -> {old}")
     vae = common.vae_from_state(state)
     moments = vae.encode(f["in/sd_image"])
     close(moments, f["out/sd_moments"])
@@ -901,7 +902,7 @@ def test_inception_distances(inception_file, tmp_path):
 
 
 def test_frechet():
-    """Every case, both ways round; 1e-9 where covariances have full rank or are exact, else 1e-6."""
+    """Every case, both ways round: 1e-9 where covariances are of full rank or exact, else 1e-6."""
     f = Fixture("frechet")
     singular = ("rank", "near", "few", "identical", "float32")
     for case in f.meta["cases"]:
@@ -915,10 +916,8 @@ def test_frechet():
 def test_frechet_moments():
     """Streamed over shards, with large means."""
     f = Fixture("frechet")
-    total = fid.EMPTY
-    for part in f["in/stats/features"].split(f["in/stats/shards"].tolist()):
-        total = fid.merged(total, fid.moments(part))
-    mean, covariance = fid.gaussian(total)
+    shards = f["in/stats/features"].split(f["in/stats/shards"].tolist())
+    mean, covariance = fid.gaussian(*fid.added(*map(fid.moments, shards)))
     assert np.abs(mean - f["out/stats/mu"].numpy()).max() <= 1e-9
     assert np.abs(covariance - f["out/stats/sigma"].numpy()).max() <= 1e-9
 

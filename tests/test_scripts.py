@@ -2,7 +2,6 @@
 and mistakes."""
 import ast
 import functools
-import importlib
 import json
 import re
 import shutil
@@ -165,7 +164,7 @@ def test_sigterm_saves(pictures, tmp_path):
     process = subprocess.Popen([sys.executable, *map(str, command)], env=ENV, text=True,
                                stderr=subprocess.PIPE)
     log = tmp_path / "vae" / "log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") > 3):
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
@@ -279,7 +278,7 @@ def test_the_speed_of_a_short_window(monkeypatch, training, tmp_path):
 
 
 def test_numbered_weights(training, tmp_path):
-    """--keep-every."""
+    """--keep-every that writes over the weights before, or leaves out model.pt."""
     training("--stage", "vae", "--steps", 4, "--keep-every", 2)
     found = sorted(file.name for file in (tmp_path / "vae").glob("model*.pt"))
     assert found == ["model.pt", "model_000002.pt", "model_000004.pt"]
@@ -374,7 +373,7 @@ def test_mistakes_in_training_are_one_line(in_process, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("script, words", [("train.py", "--vae FILE"), ("sample.py", "no trained")])
 def test_a_mistake_ends_with_code_two(tmp_path, script, words):
-    """The real command's exit code and last line."""
+    """A traceback, or an exit code that a shell script takes for success."""
     more = ["--size", "b"] if script == "train.py" else []
     said = run(ROOT / script, "--model", "transdiff", *more, cwd=tmp_path, code=2)
     assert said.splitlines()[-1].startswith("error: ") and words in said
@@ -441,15 +440,20 @@ def test_ranks_sample_the_same_images(two_ranks, sampling):
     assert gap(images, again) <= 1 and not list(two_ranks.parent.glob("*.partial"))
 
 
-def test_facts_are_means_of_all_images(two_ranks, trained, sampling, tmp_path):
+def test_facts_are_means_of_all_images(two_ranks, sampling, monkeypatch, tmp_path):
     """The mean of one rank or of the last batch."""
-    model, vae, _ = sample.load(Mock(ckpt=None, run=trained("transdiff"), first_stage=None,
-                                     model="transdiff", raw=False), transdiff, torch.device("cpu"))
-    labels = torch.tensor([0, 0, 1, 1, 2, 2])
-    _, facts = transdiff.generate(model, vae, labels, common.Noise(0, range(6)))
-    expected = pytest.approx(facts["feature_similarity"].mean().item(), abs=1e-4)
+    values = []
+    generate = transdiff.generate
+
+    def watch(*inputs, **options):
+        images, facts = generate(*inputs, **options)
+        values.extend(facts["feature_similarity"].tolist())
+        return images, facts
+
+    monkeypatch.setattr(transdiff, "generate", watch)
     sampling("x.png", "--n", 6, "--batch-size", 4)
-    assert meta_of(tmp_path / "x.png")["feature_similarity"] == expected
+    expected = pytest.approx(np.mean(values), abs=1e-4)
+    assert len(values) == 6 and meta_of(tmp_path / "x.png")["feature_similarity"] == expected
     assert meta_of(two_ranks)["feature_similarity"] == expected
 
 
@@ -463,7 +467,7 @@ def test_batches_sample_the_same_images(sampling, model):
 
 def test_a_folder_has_the_images_of_a_set(sampling, tmp_path):
     """Other images, names or labels in a folder than in an .npz, or a dot taken for an ending."""
-    images, labels = sampling("set.NPZ".lower(), "--classes", "star,0", "--n", 4)
+    images, labels = sampling("set.npz", "--classes", "star,0", "--n", 4)
     sampling("v1.2/set.old/", "--classes", "star", "0", "--n", 4)
     files = sorted((tmp_path / "v1.2/set.old").glob("*.png"))
     assert labels.tolist() == [1, 1, 0, 0] and files[0].name == "000000_class1.png"
@@ -504,7 +508,8 @@ def test_a_stream_grows_on_disk(sampling, monkeypatch, tmp_path, model):
     monkeypatch.setattr(sample.Film, "add", watch)
     monkeypatch.setattr(MODELS[model], "compile_steps", Mock())
     sampling("x.png", "--stream", "--compile", model=model)
-    assert len(sizes) > 2 and set(map(tuple, np.diff(sizes, axis=0))) == {(66, 0)}
+    widths, heights = zip(*sizes)
+    assert len(sizes) > 2 and set(np.diff(widths)) == {66} and set(heights) == {2 + 3 * 66}
     images, _ = sampling("x.npz", "--n", 3, model=model)
     strip = np.asarray(Image.open(tmp_path / "x.png"))
     for k, image in enumerate(images):
@@ -647,7 +652,7 @@ def test_a_folder_that_was_half_written_is_finished(sampling, monkeypatch, tmp_p
     assert len(list((tmp_path / "set").glob("*.png"))) == 4
 
 
-SAMPLING = {  # the same
+SAMPLING = {  # as TRAINING
     "transdiff --classes moon": "circle, star, triangle",
     "transdiff --classes 3": "ids 0 to 2",
     "transdiff --out x.bmp": ".png or .gif",
@@ -667,6 +672,7 @@ SAMPLING = {  # the same
     "dar --prefix-image x.png --prefix-tokens 3": "cannot read x.png",
     "dar --top-p 2": "top_p",
     "dar --reconstruct x.png y.png": "cannot read x.png",
+    "dar --cfg 2 --reconstruct x.png y.png": "does not act on reconstructions",
     "dar --tokenizer none.pt": "no such file",
     "madformer --nfe 2": "one step takes 3",
     "madformer --nfe 9 --steps 2": "give one of them",
@@ -716,11 +722,15 @@ def test_evaluation_changes_no_step(trained, training, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_an_unusable_reference_ends_a_run_before_it_starts(trained, training, pictures, tmp_path):
+@pytest.mark.parametrize("data, n, words", [
+    ("star", 9, "no labels of two classes"), ("", 3, "must be 4 or more")])
+def test_an_impossible_evaluation_ends_a_run_before_it_starts(trained, training, pictures, tmp_path,
+                                                              data, n, words):
     """A night of training, and then no number."""
     shutil.copytree(trained("transdiff") / "vae", tmp_path / "vae")
-    with pytest.raises(common.UserError, match="no labels of two classes"):
-        training("--stage", "1step", "--data", pictures / "star", "--fid-every", 1)
+    with pytest.raises(common.UserError, match=words):
+        training("--stage", "1step", "--data", pictures / data, "--fid-every", 1,
+                 "--fid-samples", n)
     assert not list(tmp_path.glob("1step/*.pt"))
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import plain
 import pytest
 import torch
-from compare import first_difference
 from test_parity import Fixture, Replay, close
 
 import common
@@ -344,12 +343,3 @@ def test_published_models(size, name, count, lr, epochs, ema, cfg, s1, s2):
     settings = dict(cfg=cfg, drift_scale=s1, noise_scale=s2)
     assert dataclasses.replace(config, **settings, steps=100) == config
     assert transdiff.published_sampling(config) == settings  # for a released file
-
-
-def test_the_comparer_names_the_layer():
-    """tests/compare.py says where two models part."""
-    ours, theirs = small().ar, small().ar
-    x = ours.start(LABELS)
-    assert first_difference(ours, theirs, x) is None
-    theirs.blocks[1].mlp[0].weight.data += 0.1
-    assert first_difference(ours, theirs, x)[0] == "blocks.1.mlp.0"
