@@ -1233,6 +1233,10 @@ class Stage:
     finish(images)                called with some images before the weights are written
     first stages: encode(images) -> what is cached; codes(cached) -> a batch for the next stage;
     reconstruct(images, noise, on_step=None) -> images
+
+    An attribute needs_weights says that random weights are of no use, idle_parameters that some
+    may get no gradient. A Config's images_per_sample is the number of images of one class that
+    make a sample.
     """
     name: str
     build: Callable               # config -> module; module(batch, labels) -> {"loss": ..., parts}

@@ -1,4 +1,4 @@
-"""Train any of the models, stage by stage: the loop, and only the loop.
+"""Train any of the models, stage by stage: the loop, checkpoints, grids and the log.
 
     python train.py --model transdiff                                 # drawn shapes, on a laptop
     python train.py --model dar --data fashion-mnist
@@ -100,9 +100,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     order: common.Order
     micro: int                        # samples of a micro-batch of one rank
-    step: int = 0                     # optimizer steps taken
-    seen: int = 0                     # samples used in them
-    steps: int = 0                    # optimizer steps at the end
+    step: int = 0                     # steps done, skipped ones included
+    seen: int = 0                     # samples used in them: the place in the order
+    steps: int = 0                    # steps at the end
 
 
 def main():
@@ -120,7 +120,7 @@ def main():
     if process.rank == 0:
         print(f"data {data.name}: {len(data.labels):,} images, {len(data.classes)} classes")
     for stage in model_file.STAGES:
-        if is_trained(stage, args):
+        if should_train(stage, args):
             run = prepare(args, process, model_file, stage, data)
             if run.step < run.steps:
                 train(run)
@@ -130,19 +130,22 @@ def main():
         dist.destroy_process_group()
 
 
-def is_trained(stage, args):
+def should_train(stage, args):
     """Say whether this command trains the stage. Raise UserError if it should but cannot."""
-    given = args.first_stage is not None and stage.load is not None
     wanted = args.stage == stage.name
-    if given and wanted:
-        raise UserError(f"--stage {stage.name}: a trained one is given, nothing is left to do")
-    if given or not wanted and args.stage != "all":
+    if not wanted and args.stage != "all":
         return False
-    if args.size not in stage.recipes and stage.load:
+    if args.first_stage and stage.load:
+        if wanted:
+            raise UserError(f"--stage {stage.name}: a trained one is given, nothing is left to do")
+        return False
+    if args.size in stage.recipes:
+        return True
+    if stage.load:
         raise UserError(f"size {args.size} needs --{stage.name} FILE, a published {stage.name}")
-    if args.size not in stage.recipes and wanted:
+    if wanted:
         raise UserError(f"no recipe for stage {stage.name} at size {args.size}")
-    return args.size in stage.recipes  # not every stage was published at every size
+    return False  # it was not published at this size
 
 
 def train(run):
@@ -174,7 +177,7 @@ def train(run):
                 parts[name] = parts.get(name, 0) + value.detach() / args.accumulate
         parts["norm"] = nn.utils.clip_grad_norm_(run.network.parameters(), recipe.clip)
         finite = torch.isfinite(parts["loss"] + parts["norm"])
-        halt, bad = on_any_rank(process, stop.requested, ~finite)  # the only wait for the device
+        halt, bad = on_any_rank(process, stop.requested, ~finite)  # waits for the device
         if bad:
             skipped, in_a_row = skipped + 1, in_a_row + 1
             if in_a_row == 10:
@@ -192,8 +195,8 @@ def train(run):
         run.seen += recipe.batch
         bar.update()
 
-        finished = run.step == run.steps or halt
-        if run.step % args.log_every == 0 or finished:
+        last = run.step == run.steps
+        if run.step % args.log_every == 0 or last or halt:
             means = mean_over_ranks(window, process.world)
             images = (run.step - window_first) * recipe.batch * run.order.group
             speed = images / (time.perf_counter() - window_start)
@@ -201,14 +204,16 @@ def train(run):
                 memory_gb=peak_memory(process.device))
             bar.set_postfix_str(f"loss {means.get('loss', math.nan):.4f}, {speed:.0f} images/s")
             window, window_first, window_start = [], run.step, time.perf_counter()
-        if run.step % args.sample_every == 0 or finished:
+        pause = time.perf_counter()
+        if run.step % args.sample_every == 0 or last:
             save_grid(run)
-        if run.step % args.save_every == 0 or finished:
-            save(run)
         if args.keep_every and run.step % args.keep_every == 0:
             save_weights(run, f"model_{run.step:06d}.pt")
-        if evaluator and not halt and (run.step % args.fid_every == 0 or finished):
+        if evaluator and (run.step % args.fid_every == 0 or last):
             evaluate(run, evaluator, log)
+        if run.step % args.save_every == 0 or last or halt:
+            save(run)  # after what a killed run would otherwise lack
+        window_start += time.perf_counter() - pause
         if halt:
             raise UserError(f"stopped at step {run.step} of stage {run.stage.name}; saved: the same"
                             " command resumes there")
@@ -234,6 +239,8 @@ def prepare(args, process, model_file, stage, data):
     with common.rank_zero_first():
         if args.fresh and process.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
+        for unfinished in folder.glob(".*.pt.*"):  # a killed process was writing it
+            unfinished.unlink(missing_ok=True)
     torch.manual_seed(args.seed)
     network = stage.build(config).to(process.device)
     ema = copy.deepcopy(network).float().eval().requires_grad_(False)
@@ -302,17 +309,16 @@ def resume(run):
         with common.untrusted(path):
             state = common.read_checkpoint(path)
             saved = common.rebuild(type(run.config), state["config"])
-            if saved == run.config:
-                common.load_strict(run.network, state["model"], path)
-                common.load_strict(run.ema, state["ema"], path)
-                run.optimizer.load_state_dict(state["optimizer"])
-                run.step, run.seen = int(state["step"]), int(state["seen"])
+            if saved != run.config:
+                raise UserError(f"{run.folder} was started with another configuration"
+                                f" ({differences(saved, run.config)})")
+            common.load_strict(run.network, state["model"], path)
+            common.load_strict(run.ema, state["ema"], path)
+            run.optimizer.load_state_dict(state["optimizer"])
+            run.step = int(state["step"])
+            run.seen = int(state["seen"])
     except UserError as error:
         raise UserError(f"{error}; --fresh starts again, --out names another folder") from None
-    if saved != run.config:
-        raise UserError(f"{run.folder} was started with another configuration"
-                        f" ({differences(saved, run.config)}); --fresh starts again, --out names"
-                        " another folder")
 
 
 def differences(old, new):
@@ -340,8 +346,9 @@ def load_initial_weights(run):
             raise UserError(f"size {args.size} trains a part of the model: --init gives the rest")
         return
     content = common.read_checkpoint(path)
-    old = content["model"] if "stage" in content else None
-    if old is None:
+    if "stage" in content:
+        old = content["model"]
+    else:
         old = run.model_file.load_official(path).state_dict()
     own = run.network.state_dict()
     fresh = []
@@ -388,7 +395,8 @@ def wrapped(run):
 
 
 def loader(run):
-    """Return this rank's micro-batches from the number of samples seen on, without an end."""
+    """Return this rank's micro-batches from the number of samples seen on, without an end. What the
+    first stage makes of the data is cached first."""
     args, process = run.args, run.process
     views, size = run.stage.views(run.config), run.config.image_size
     cache = None
@@ -597,7 +605,7 @@ class Log:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--tensorboard: pip install tensorboard") from None
-            self.board = SummaryWriter(run.folder)
+            self.board = SummaryWriter(run.folder, purge_step=run.step + 1)
 
     def __call__(self, **values):
         """Append a line on rank 0."""

@@ -6,7 +6,7 @@ Idea      An AR transformer turns a class label into M "semantic features" c in 
           by cross-attention. Both are trained together: the flow-matching loss reaches the AR
           transformer through c. Multi-Reference AR (MRAR) continues from there: the AR transformer
           also reads earlier whole images of the class and predicts the features of the next one,
-          so an image takes four rounds, each of which sees the results of the rounds before.
+          so an image takes four rounds. Each makes a whole image; the last one is the result.
 Shapes    B batch, N latent tokens of z channels, M semantic features, D width, R images per sample
           (1-step: 1; MRAR: 4). Latents (B, z, h, w), scaled by the VAE; h w = N.
 Time      t = 1 is noise, t = 0 the image: x_t = (1 - t) x + t eps, velocity v = eps - x. The
@@ -14,9 +14,9 @@ Time      t = 1 is noise, t = 0 the image: x_t = (1 - t) x + t eps, velocity v =
 Where     Eq. 4, 5, 8, the loss: TransDiff.forward    Eq. 9, 11, the input: ARTransformer
           Eq. 6, features: TransDiff.semantic         Eq. 3, the velocity: Decoder
           Eq. 7, Alg. 1 and 2: TransDiff.sample       Eq. 16 to 18, a step: TransDiff.denoise
-          Eq. 13 to 15: similarity. Eq. 10 and 12 are Eq. 6, then Eq. 7. Eq. 1 and 2 define
-          autoregressive models in general; nothing here computes them.
-Differs   Where the paper is silent or its released code differs, a Config field has both values:
+          Eq. 13 to 15: similarity. Eq. 10 and 12 apply Eq. 6, then Eq. 7, in each round. Eq. 1 and
+          2 define autoregressive models in general; nothing here computes them.
+Differs   Where the paper is silent or its released code differs, a Config field selects one:
           `times`, `feed`. docs/paper_and_code.md lists all points.
 """
 import dataclasses
@@ -43,7 +43,7 @@ class Config:
     depth: int = 12                     # blocks of the diffusion decoder
     class_tokens: int = 64              # copies of the class embedding that begin the AR sequence
     features: int = 256                 # M semantic features; MRAR: of all images together
-    images: int = 4                     # R of MRAR: the predicted image and R - 1 references
+    images: int = 4                     # R of MRAR: images of a sample, rounds of sampling
     mrar: bool = False                  # False: 1-step AR
     feed: str = "latents"               # MRAR feeds back "latents" (Eq. 11, released) or
                                         # "features" (Alg. 2: only the last round is decoded)
@@ -71,7 +71,7 @@ class Config:
             "cfg, drift_scale and noise_scale must be finite":
                 math.isfinite(self.cfg + self.drift_scale + self.noise_scale)}
         if self.mrar:
-            side = math.isqrt(self.block)
+            side = math.isqrt(self.features_per_image)
             rules["the features of an image must be a square grid that divides the latent"] = (
                 self.features == self.images * side**2 and self.latent_size % side == 0)
         common.check(self, rules, times=("logit-normal", "uniform"), feed=("latents", "features"),
@@ -88,14 +88,14 @@ class Config:
         return self.images if self.mrar else 1
 
     @property
-    def block(self):
+    def features_per_image(self):
         """Features of one image: the block of the block-causal attention."""
         return self.features // self.images_per_sample
 
     @property
     def patch(self):
         """Side of a reference's patches, in latent pixels."""
-        return self.latent_size // math.isqrt(self.block) if self.mrar else 1
+        return self.latent_size // math.isqrt(self.features_per_image) if self.mrar else 1
 
 
 BASE = Config()
@@ -153,7 +153,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of latent tokens to the condition, whose keys and values are given."""
+    """Multi-head attention of latent tokens to the condition, in two halves: a sampler needs the
+    condition's keys and values once, the queries at every step."""
 
     def __init__(self, dim, heads, dropout):
         super().__init__()
@@ -164,9 +165,15 @@ class CrossAttention(nn.Module):
         self.wv = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
 
-    def split(self, x):
-        """Give each head its slice: (B, n, D) to (B, heads, n, D/heads)."""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+    def queries(self, x):
+        """Return queries (B, heads, N, D/heads) of x (B, N, D)."""
+        return self.wq(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, c):
+        """Return keys and values (B, heads, M, D/heads) of a condition c (B, M, D)."""
+        k = self.wk(c).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        v = self.wv(c).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return k, v
 
     def forward(self, q, k, v):                                     # (B, heads, n, D/heads)
         dropout_p = self.dropout.p if self.training else 0.0
@@ -204,7 +211,7 @@ class ARTransformer(nn.Module):
         c = self.config = config
         self.class_embed = nn.Embedding(c.classes, c.dim)
         self.null = nn.Parameter(torch.empty(1, c.dim))             # in place of a dropped label
-        self.mask = nn.Parameter(torch.empty(1, c.block if c.mrar else 1, c.dim))
+        self.mask = nn.Parameter(torch.empty(1, c.features_per_image if c.mrar else 1, c.dim))
         self.ref_proj = nn.Linear(c.vae.channels * c.patch**2, c.dim)
         self.pos = nn.Parameter(torch.empty(1, c.class_tokens + c.features, c.dim))
         self.norm_in = nn.LayerNorm(c.dim, eps=1e-6)
@@ -224,7 +231,8 @@ class ARTransformer(nn.Module):
         embedding = self.class_embed(labels.clamp(max=c.classes - 1))
         embedding = torch.where(unlabelled[:, None], self.null, embedding)  # (B, D)
         class_tokens = embedding[:, None].expand(-1, c.class_tokens, -1)
-        return torch.cat([class_tokens, self.mask.expand(len(labels), c.block, -1)], 1)  # Eq. 9
+        mask = self.mask.expand(len(labels), c.features_per_image, -1)
+        return torch.cat([class_tokens, mask], 1)                   # Eq. 9
 
     def reference(self, latents):
         """Return an earlier image (B, z, h, w) as tokens (B, block, D), Eq. 11."""
@@ -235,7 +243,7 @@ class ARTransformer(nn.Module):
         """Return the features (B, n - class_tokens, D) of a sequence (B, n, D)."""
         c = self.config
         n = x.shape[1]
-        ends = range(c.class_tokens, n + 1, c.block) if c.mrar else [n]
+        ends = range(c.class_tokens, n + 1, c.features_per_image) if c.mrar else [n]
         x = self.norm_in(x + self.pos[:, :n])
         for block in self.blocks:
             x = block(x, ends)                                      # (B, n, D)
@@ -273,8 +281,8 @@ class DecoderBlock(nn.Module):
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.table + modulation).split(1, 1)
         h = self.norm1(x) * (1 + scale1) + shift1                   # scales etc.: (B or 1, 1, D)
         x = x + gate1 * self.attn(h, [x.shape[1]])
-        q = self.cross.split(self.cross.wq(self.norm2(x)))          # (B, heads, N, D/heads)
-        if len(k) > len(x):  # guidance: up to here both halves of the batch are equal
+        q = self.cross.queries(self.norm2(x))                       # (B, heads, N, D/heads)
+        if len(k) > len(x):  # guidance: 2 B conditions for B images, which were equal up to here
             x = x.repeat(2, 1, 1)
             q = q.repeat(2, 1, 1, 1)
         x = x + self.cross(q, k, v)
@@ -305,11 +313,7 @@ class Decoder(nn.Module):
         """Return each block's keys and values (B, heads, M, D/heads) of features c (B, M, D), any
         M."""
         c = self.condition(c)
-        pairs = []
-        for block in self.blocks:
-            cross = block.cross
-            pairs.append((cross.split(cross.wk(c)), cross.split(cross.wv(c))))
-        return pairs
+        return [block.cross.keys_values(c) for block in self.blocks]
 
     def modulation(self, t):
         """Return the embedding (B, D) of times t (B,) and the AdaLN vectors (B, 6, D) of all
@@ -363,8 +367,8 @@ class TransDiff(nn.Module):
     def semantic(self, labels, references, drop=None):
         """Return features (B, M', D) of labels (B,) and the images so far, a list of latents.
 
-        M' covers one image more than there are references. The decoder's condition is h +
-        feature_pos.
+        M' covers one image more than there are references, of which only the number is used if
+        `feed` is "features". The decoder's condition is h + feature_pos.
         """
         start = self.ar.start(labels, drop)
         if self.config.feed == "latents":
@@ -406,7 +410,7 @@ class TransDiff(nn.Module):
             x_t = torch.lerp(x, eps_r, t_r[:, None, None])          # Eq. 4
             known = []
             for k, v in keys_values:  # the features of images 0 .. r
-                end = c.block * (r + 1)
+                end = c.features_per_image * (r + 1)
                 known.append((k[:, :, :end].repeat(m, 1, 1, 1), v[:, :, :end].repeat(m, 1, 1, 1)))
             v = self.decoder(x_t, self.decoder.modulation(t_r), known)
             losses.append(F.mse_loss(v, eps_r - x))                 # Eq. 5
@@ -426,28 +430,29 @@ class TransDiff(nn.Module):
         bad value.
         """
         c = common.with_options(self.config, **options)
-        rounds = rounds or c.images_per_sample
-        features = features or c.features
+        rounds = c.images_per_sample if rounds is None else rounds
+        features = c.features if features is None else features
         if not 1 <= rounds <= c.images_per_sample:
             raise UserError(f"rounds: this model was trained for {c.images_per_sample}")
         if not rounds <= features <= c.features:
-            raise UserError(f"features: choose {rounds} (one for each round) to {c.features}")
+            raise UserError(f"features: choose {rounds} to {c.features}")
         places = torch.arange(c.features, device=labels.device)
         kept = places[(places * features) % c.features < features]  # K of 0 .. M - 1
         null = torch.full_like(labels, c.classes)
         start = noise.normal((c.latent_size**2, c.vae.channels))    # one start for all rounds
         first = rounds - 1 if c.feed == "features" else 0           # Alg. 2 decodes the last round
-        images = [start] * first                                    # only their number counts
+        images = [None] * first
         for _ in range(first, rounds):
             h = self.semantic(labels, images)                       # Eq. 6
+            used = kept[kept < h.shape[1]]
             condition = h
             if other is not None:
-                odd = torch.arange(h.shape[1], device=h.device)[:, None] % 2 == 1
-                condition = torch.where(odd, self.semantic(other, images), h)
+                condition = h.clone()
+                condition[:, used[1::2]] = self.semantic(other, images)[:, used[1::2]]
             if c.cfg != 1:
                 condition = torch.cat([condition, self.semantic(null, images)])
             condition = condition + self.ar.feature_pos[:, :h.shape[1]]  # ([2] B, M', D)
-            keys_values = self.decoder.keys_values(condition[:, kept[kept < h.shape[1]]])
+            keys_values = self.decoder.keys_values(condition[:, used])
             x = self.denoise(start, keys_values, c, noise, on_step)  # Eq. 7, 10, 12
             images.append(self.latents(x))
         return images[-1], h
@@ -457,8 +462,7 @@ class TransDiff(nn.Module):
         return x.transpose(1, 2).unflatten(2, (self.config.latent_size, -1))
 
     def denoise(self, x, keys_values, c, noise, on_step=None):
-        """Take tokens x (B, N, z) from noise to the image under the sampler settings of the config
-        c.
+        """Take tokens x (B, N, z) from noise to the image, with the sampler settings of a config c.
 
         keys_values have B conditional rows, then B unconditional ones unless c.cfg is 1.
         """
@@ -472,29 +476,29 @@ class TransDiff(nn.Module):
                 v = u + c.cfg * (v - u)
             if on_step:
                 on_step(self.latents(x - t * v))
-            if c.solver == "euler":
-                x = x + v * dt                                      # Eq. 3
-                continue
             # Eq. 16 with sigma^2 = 2 t. A straight path has the score -(x + (1 - t) v) / t, so the
             # drift v - sigma^2 / 2 score is:
             drift = x + (2 - t) * v                                 # Eq. 16
-            if i < c.steps - 1:
+            if c.solver == "euler":
+                x = x + v * dt                                      # Eq. 3
+            elif i < c.steps - 1:
                 x = x + c.drift_scale * drift * dt                  # Eq. 17, 18
                 x = x + c.noise_scale * (2 * t * -dt).sqrt() * noise.normal(x.shape[1:])
             else:
-                x = x + drift * dt                                  # unscaled and without noise
+                x = x + drift * dt          # the last step: noise would stay in the image
         return x
 
     def decays(self, name, parameter):
-        """Apply weight decay to the matrices and tables of the AR transformer only, as released."""
+        """Say whether weight decay acts: on matrices and tables of the AR transformer, as released.
+        """
         return name.startswith("ar.") and parameter.ndim > 1
 
     def carry(self, name, old, shape):
         """Return an old weight made to fit this model, or None to start it afresh.
 
-        The authors never published how they do this. Here the mask token is repeated and the
-        decoder's grid of positions resampled; the projection of references and class tables of
-        another size start afresh.
+        How the authors start one model from another's weights is not published. Here the mask token
+        is repeated and the decoder's grid of positions is resampled; the projection of references
+        and class tables of another size start afresh.
         """
         if name == "ar.mask" and old.shape[1] == 1:
             return old.expand(shape).clone()
@@ -512,9 +516,9 @@ def logit_normal(normal):
 
 
 def time_grid(steps, solver, device=None):
-    """Return times (steps + 1,) from 1 to 0. Euler-Maruyama stops at 0.04, before the score grows
-    large, and takes one last step from there; with one or two steps it would only add noise, so
-    these raise UserError."""
+    """Return times (steps + 1,) from 1 to 0. Euler-Maruyama goes to 0.04 in equal steps and takes a
+    last one, without noise, from there to 0, as released. Fewer than three steps would leave mostly
+    noise: they raise UserError."""
     if solver == "euler":
         return torch.linspace(1, 0, steps + 1, device=device)
     if steps < 3:
@@ -572,7 +576,8 @@ def model_views(config):
 
 
 def mrar_config(config):
-    """Return the MRAR version of a 1-step config, with its published sampler settings."""
+    """Return the MRAR version of a 1-step config: half the repetitions, and its published sampler
+    settings."""
     return dataclasses.replace(config, mrar=True, repeat=2, **MRAR_SAMPLING.get(config.dim, {}))
 
 
@@ -592,7 +597,7 @@ STAGES = [
 
 # --- Released checkpoints -------------------------------------------------------------------------
 
-# Released name -> ours.
+# Released name -> ours, applied in order.
 RELEASED = r"""
 ^fake_latent                        -> ar.null
 ^mask_token                         -> ar.mask
@@ -643,7 +648,7 @@ def from_released(state, path="the checkpoint", **overrides):
         mrar = block > 1
         vae = VAEConfig(channels=state["decoder.input.weight"].shape[1])
         config = Config(
-            dim=dim, heads={768: 12}.get(dim, min(16, max(dim // 64, 1))), mrar=mrar, vae=vae,
+            dim=dim, heads=min(16, max(dim // 64, 1)), mrar=mrar, vae=vae,
             image_size=math.isqrt(state["decoder.pos"].shape[1]) * vae.factor,
             classes=len(state["ar.class_embed.weight"]), features=features,
             class_tokens=state["ar.pos"].shape[1] - features,

@@ -270,11 +270,20 @@ def test_the_average_ramps_up_in_a_short_run(monkeypatch, training):
 
 
 def test_the_speed_of_a_short_window(monkeypatch, training, tmp_path):
-    """Images per second of --log-every steps where fewer were taken."""
-    ticks = iter(range(99))
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(ticks))
-    training("--stage", "vae", "--steps", 6, "--log-every", 4)
-    assert [line["images_per_s"] for line in log_of(tmp_path / "vae")] == [4 * 8, 2 * 8]
+    """Images per second of --log-every steps where fewer were taken, or with the time of a grid."""
+    clock = [0.0]
+
+    def slow(function, seconds):
+        def call(*args):
+            clock[0] += seconds
+            return function(*args)
+        return call
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(common, "update_ema", slow(common.update_ema, 2))
+    monkeypatch.setattr(train, "save_grid", slow(train.save_grid, 100))
+    training("--stage", "vae", "--steps", 6, "--log-every", 4, "--sample-every", 2)
+    assert [line["images_per_s"] for line in log_of(tmp_path / "vae")] == [8 / 2, 8 / 2]
 
 
 def test_numbered_weights(training, tmp_path):
