@@ -24,7 +24,6 @@ import math
 import os
 import pickle
 import re
-import shutil
 import struct
 import sys
 import tarfile
@@ -51,15 +50,14 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def untrusted(path, what="damaged"):
-    """Turn any error raised while an untrusted file is read into a UserError that names the file.
-    """
+    """Turn any error of the block, which reads an untrusted file, into a UserError."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what a hostile file raises cannot be listed
-        detail = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
-        raise UserError(f"{path} is {what} ({detail})") from None
+        words = " ".join(f"{type(error).__name__} {error}".split())
+        raise UserError(f"{path} is {what} ({words[:300]})") from None
 
 
 def run_script(main):
@@ -105,8 +103,7 @@ def explain(error):
 
 
 def check(config, rules, **choices):
-    """Raise ValueError for the first field outside its choices or the first rule that does not
-    hold.
+    """Raise ValueError for a field outside its choices or a rule that does not hold.
 
     rules: what must hold, in words -> whether it does. choices: field -> the values it may have.
     """
@@ -252,8 +249,7 @@ def load_model(name):
 
 
 def natural(text, least=0):
-    """Convert the text of an option to an integer of 0 or more. argparse shows this function's
-    name."""
+    """Convert an option to an integer of 0 or more. argparse shows this function's name."""
     if int(text) < least:
         raise ValueError
     return int(text)
@@ -288,8 +284,7 @@ def class_ids(texts, config):
 
 
 def walk(module, *inputs, depth=2):
-    """Run the module once, print the shape of what each part returns first, and return the output.
-    """
+    """Run the module once and print the shape of each part's first output."""
     shapes = {}
 
     def note(name, output):
@@ -331,7 +326,6 @@ class VAEConfig:
 SD_VAE = VAEConfig(channels=4, mult=(1, 2, 4, 4), attention=(), scale=0.18215)  # the f8 one
 TINY_VAE = VAEConfig(width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8, scale=0,
                      kl_weight=1e-3)
-PUBLISHED_SCALES = {16: 0.2325, 4: 0.18215}  # by latent channels: TransDiff's, Stable Diffusion's
 
 
 class ResBlock(nn.Module):
@@ -362,12 +356,11 @@ class SpatialAttention(nn.Module):
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x):                                          # (B, C, h, w)
+    def forward(self, x):                                              # (B, C, h, w)
         h = self.norm(x)
-        qkv = torch.stack([self.q(h), self.k(h), self.v(h)])       # (3, B, C, h, w)
-        q, k, v = qkv.flatten(3).transpose(2, 3).unsqueeze(2)      # (B, 1, h w, C): 4-D, so that
-        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)     # fused kernels exist
-        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+        q, k, v = torch.stack([self.q(h), self.k(h), self.v(h)]).flatten(3).mT[:, :, None]
+        h = F.scaled_dot_product_attention(q, k, v)                    # (B, 1, h w, C)
+        return x + self.proj_out(h.mT.reshape(x.shape))
 
 
 class Resample(nn.Module):
@@ -457,17 +450,13 @@ class KLVAE(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Unit-gain convolutions and zero residual branches: worth 8 dB after 500 steps of `tiny`.
-        """
-        for module in self.modules():
+        """Use unit gains and zero residual branches: worth 8 dB after 500 steps of `tiny`."""
+        for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
                 nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, ResBlock):
-                nn.init.zeros_(module.conv2.weight)
-            if isinstance(module, SpatialAttention):
-                nn.init.zeros_(module.proj_out.weight)
+                if name.endswith(("conv2", "proj_out")):
+                    nn.init.zeros_(module.weight)
 
     def encode(self, images):
         """Return the posterior's moments (B, 2 channels, h, w): mean, then log-variance."""
@@ -480,8 +469,7 @@ class KLVAE(nn.Module):
         return mean, torch.exp(logvar.clamp(-30, 20) / 2)
 
     def codes(self, moments, noise=None):
-        """Return scaled latents drawn from the posterior. noise (B, channels, h, w) may be given.
-        """
+        """Return scaled latents drawn from the posterior, by noise of their shape if given."""
         mean, std = self.posterior(moments)
         return self.scale * (mean + std * (torch.randn_like(mean) if noise is None else noise))
 
@@ -532,7 +520,7 @@ nin_shortcut        -> shortcut
 \.mid\.attn_1       -> .mid.1
 \.mid\.block_2      -> .mid.2
 """
-# Published name -> latent-diffusion's, with the decoder's levels in reverse order.
+# Published name -> latent-diffusion's, which counts the decoder's levels from the other end.
 DIFFUSERS = r"""
 conv_norm_out                          -> norm_out
 conv_shortcut                          -> nin_shortcut
@@ -551,8 +539,7 @@ group_norm                             -> norm
 
 
 def load_vae(path):
-    """Return a frozen KL-VAE from one of our checkpoints, or from a latent-diffusion or diffusers
-    file.
+    """Return a frozen KL-VAE from one of our checkpoints or a published file.
 
     The shapes give the config. The number of groups and the latent scale do not show in the
     weights: they come from a diffusers config.json beside the file, else they are the published
@@ -562,26 +549,30 @@ def load_vae(path):
     content = read_checkpoint(path)
     with untrusted(path, "not a KL-VAE"):
         if content.get("stage") == "vae":
-            config = rebuild(VAEConfig, content["config"]["vae"])
-            return vae_from_state(content["model"], config, path)
-        state = unwrap(content, "model", "state_dict")
+            return vae_from_state(content["model"], path, **content["config"]["vae"])
         beside = path.with_name("config.json")
         about = json.loads(beside.read_text()) if beside.exists() else {}
         if about.get("shift_factor"):
             raise UserError(f"{beside}: latents with a shift_factor are not supported")
-        vae = vae_from_state(state, None, path, about.get("norm_num_groups"),
-                             about.get("scaling_factor"))
-        if "scaling_factor" not in about and "scale" not in state:
+        known = {}
+        for name, ours in (("norm_num_groups", "groups"), ("scaling_factor", "scale")):
+            if name in about:
+                known[ours] = about[name]
+        state = unwrap(content, "model", "state_dict")
+        vae = vae_from_state(state, path, **known)
+        if "scale" not in {**known, **state}:
             print(f"note: {path} does not tell its latent scale and groups: assuming"
-                  f" {vae.config.scale} and {vae.config.groups}, as published")
+                  f" {vae.config.scale} and {vae.config.groups}")
         return vae
 
 
-def vae_from_state(state, config=None, path="the VAE", groups=None, scale=None):
-    """Return the KL-VAE of a state dict in one of the published layouts (see load_vae)."""
-    if any(name.startswith("first_stage_model.") for name in state):  # in a whole diffusion model
-        state = {k: v for k, v in state.items() if k.startswith("first_stage_model.")}
-    state = renamed(state, r"^(first_stage_model|vae)\. ->")
+def vae_from_state(state, path="the VAE", **known):
+    """Return the KL-VAE of a state dict in one of the published layouts (see load_vae).
+
+    known: fields of VAEConfig that the weights do not tell.
+    """
+    inner = {k: v for k, v in state.items() if k.startswith("first_stage_model.")}
+    state = renamed(inner or state, r"^(first_stage_model|vae)\. ->")
     state = {k: v for k, v in state.items() if not k.startswith(("loss", "model_ema."))}
     if any("_blocks." in name for name in state):
         top = max(numbered(state, r"decoder\.up_blocks\.(\d+)"), default=0)
@@ -593,28 +584,26 @@ def vae_from_state(state, config=None, path="the VAE", groups=None, scale=None):
         if value.ndim == 2:  # attention written with linear layers
             state[name] = value[:, :, None, None]
     try:
-        config = config or vae_config(state, groups, scale)
-        vae = KLVAE(config)
+        vae = KLVAE(dataclasses.replace(vae_config(state), **known))
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: not a KL-VAE in a known layout ({error})") from None
-    load_strict(vae, {"scale": torch.tensor(float(config.scale or 1)), **state}, path)
+    load_strict(vae, {"scale": vae.scale, **state}, path)
     return vae.eval().requires_grad_(False)
 
 
-def vae_config(state, groups=None, scale=None):
-    """Return the VAEConfig that the shapes of a renamed state dict tell."""
+def vae_config(state):
+    """Return the VAEConfig that the shapes of a renamed state dict tell, as published otherwise."""
     width = state["encoder.conv_in.weight"].shape[0]
     channels = state["post_quant_conv.weight"].shape[0]
     mult = []
     for i in numbered(state, r"encoder\.levels\.(\d+)"):
         mult.append(state[f"encoder.levels.{i}.blocks.0.conv1.weight"].shape[0] // width)
-    published = PUBLISHED_SCALES.get(channels, 1.0)
+    scale = SD_VAE.scale if channels == SD_VAE.channels else VAEConfig.scale
     return VAEConfig(
-        channels=channels, width=width, mult=tuple(mult), groups=groups or VAEConfig.groups,
+        channels=channels, width=width, mult=tuple(mult), scale=float(state.get("scale", scale)),
         blocks=len(numbered(state, r"encoder\.levels\.0\.blocks\.(\d+)")),
         attention=tuple(numbered(state, r"encoder\.levels\.(\d+)\.attention")),
-        decoder_attention=tuple(numbered(state, r"decoder\.levels\.(\d+)\.attention")),
-        scale=scale or float(state.get("scale", published)))
+        decoder_attention=tuple(numbered(state, r"decoder\.levels\.(\d+)\.attention")))
 
 
 # --- 3  Data --------------------------------------------------------------------------------------
@@ -631,8 +620,7 @@ class Data:
     broken: set = field(default_factory=set)         # indices of files that could not be read
 
     def read(self, index):
-        """Return picture `index`. A broken file is named once, and another of its class replaces
-        it.
+        """Return picture `index`, or another of its class if the file is broken, which is printed.
 
         Raise UserError if the class has no readable picture.
         """
@@ -692,13 +680,13 @@ def load_data(name, root="data", size=32, split="train"):
         arrays = []
         for file, digest in files.items():
             if file.startswith("train" if split == "train" else "t10k"):
-                arrays.append(read_idx(find_or_download(url, Path(root, name, file), digest)))
+                arrays.append(read_idx(download(url + file, Path(root, name, file), digest)))
         images, labels = arrays
         if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max() >= len(classes):
             raise UserError(f"{Path(root, name)}: {images.shape} images, {labels.shape} labels")
     elif name == "cifar10":
         url, file, digest = CIFAR10_FILE
-        images, labels = read_cifar10(find_or_download(url, Path(root, name, file), digest), split)
+        images, labels = read_cifar10(download(url + file, Path(root, name, file), digest), split)
         classes = CIFAR10
     else:
         return load_folder(Path(name), size)
@@ -710,17 +698,9 @@ def load_data(name, root="data", size=32, split="train"):
     return Data(name, labels.astype(np.int64), classes, open_image, key)
 
 
-def find_or_download(url, path, digest):
-    """Return the path of a named set's file, or of its unpacked form, downloaded if it is missing.
-    """
-    if not path.exists() and path.with_suffix("").exists():
-        return path.with_suffix("")
-    return download(url + path.name, path, digest, "or name another folder with --data-root")
 
-
-def download(url, path, digest="", hint=""):
-    """Return `path`, downloaded from the URL if it is missing, and kept only if its SHA-256 begins
-    with `digest`.
+def download(url, path, digest="", hint="or name another folder with --data-root"):
+    """Return `path`, downloaded if it is missing, checked by the start of its SHA-256.
 
     Raise UserError if it cannot be had; hint says what else the user can do.
     """
@@ -738,18 +718,14 @@ def download(url, path, digest="", hint=""):
 
 
 def read_idx(path):
-    """Return the array in an IDX file, gzipped or not: zero, zero, type 8, dimensions, sizes,
-    values."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as f:
+    """Return the array in a gzipped IDX file: zero, zero, type 8, dimensions, sizes, values."""
+    with untrusted(path, "damaged; delete it to download it again"):
+        with gzip.open(path) as f:
             raw = f.read(1 << 30)
         if raw[:3] != b"\0\0\x08":
             raise ValueError("not an IDX file of bytes")
         shape = np.frombuffer(raw, ">i4", raw[3], 4)
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape.clip(1))
-    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to download it again") from None
 
 
 def read_cifar10(path, split):
@@ -795,8 +771,7 @@ def picture_files(folder):
 
 
 def load_folder(path, size):
-    """Return the Data of a folder with a sub-folder per class (naturally sorted), or of a flat
-    folder: one class.
+    """Return the Data of a folder of class folders, or of a flat one: a single class.
 
     What is left out is said. Raise UserError for a folder without pictures, and for one that has
     pictures both at its top and in sub-folders, which could mean either.
@@ -843,8 +818,7 @@ def load_folder(path, size):
 
 
 def open_picture(path, size=0):
-    """Return a picture file as RGB, upright. JPEGs are decoded at the smallest scale above 2
-    `size`.
+    """Return a picture file as RGB, upright. JPEGs are decoded no larger than needed.
 
     Raise one of UNREADABLE, also for a picture so narrow that it would be giant at a shorter side
     of `size` pixels.
@@ -868,11 +842,11 @@ def rgb(image):
         values = np.asarray(image, np.float64)
         whites = [1, 255, 4095, 65535] if image.mode == "F" else [255, 4095, 65535]
         white = next((white for white in whites if values.max() <= white), None)
-        if white is None or not np.isfinite(values).all():
+        if white is None:  # or not a number
             raise ValueError(f"values up to {values.max():g} have no known white")
         values = (values.clip(0) * (255 / white)).round()
         return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
@@ -880,8 +854,7 @@ def rgb(image):
 
 
 def load_picture(path, size):
-    """Return the centre of a picture file as uint8 (3, size, size). Raise UserError if it is
-    unreadable."""
+    """Return the centre of a picture file, uint8 (3, size, size), or raise UserError."""
     try:
         return from_pil(centre_crop(open_picture(path, size), size))
     except UNREADABLE as error:
@@ -889,8 +862,7 @@ def load_picture(path, size):
 
 
 def shrink(image, side):
-    """Resize a picture so that its shorter side is `side`: box filters while twice too large, then
-    bicubic."""
+    """Make the shorter side `side`: box filters while twice too large, then bicubic."""
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     ratio = side / min(image.size)
@@ -903,9 +875,7 @@ def cut(image, size, left, top):
     return image.crop((left, top, left + size, top + size))
 
 
-def mirror(image):
-    """Exchange left and right."""
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+mirror = ImageOps.mirror  # exchanges left and right
 
 
 def centre_crop(image, size):
@@ -959,8 +929,7 @@ OUTLINES = [  # of SHAPES: outline and hole
 
 
 def draw_shape(index, size):
-    """Return picture `index` of `shapes`: class index % 10, shaded, with a shadow on a varied
-    ground."""
+    """Return picture `index` of `shapes`: a shaded shape of class index % 10."""
     rng = np.random.default_rng((20, index))
     turn = rng.uniform(-0.15, 0.15)
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
@@ -976,11 +945,8 @@ def draw_shape(index, size):
     light = Image.linear_gradient("L").resize((size, size))  # from above
 
     def shaded(hue, saturation, value):
-        shades = []
-        for share in (0.7, 1):
-            colour = f"hsv({hue % 360:.0f}, {saturation:.0f}%, {share * value:.0f}%)"
-            shades.append(Image.new("RGB", (size, size), colour))
-        return Image.composite(*shades, light)
+        colour = f"hsv({hue % 360:.0f}, {saturation:.0f}%, {{:.0f}}%)"
+        return ImageOps.colorize(light, colour.format(value), colour.format(0.7 * value))
 
     hue = rng.uniform(0, 360)
     ground = shaded(hue + rng.uniform(120, 240), rng.uniform(10, 40), rng.uniform(80, 100))
@@ -1050,8 +1016,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 class Cache:
-    """Arrays on disk, a file for each chunk of images, that are written once by any number of ranks
-    and runs.
+    """Arrays on disk, one file for each chunk of images. Ranks and runs fill it together.
 
     The folder's name identifies what the arrays are, and a file appears whole. cache[i] is the
     memory-mapped array of image i.
@@ -1098,8 +1063,7 @@ class AllViews(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def cached(folder, data, size, first_stage, views, workers=0):
-    """Return the Cache of the first stage's encoding of every view of every image, (views, ...) for
-    each.
+    """Return a Cache of the first stage's codes of all views of all images.
 
     Its name comes from the data, the size, the first stage's weights and the views. Ranks share the
     work, and what an interrupted run has stored is kept.
@@ -1193,8 +1157,7 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained: AdamW, linear warm-up from zero, a constant rate, decay at the end.
-    """
+    """How a stage is trained: AdamW with warm-up from zero, a constant rate, and decay."""
     lr: float
     batch: int                        # samples per optimizer step, over all ranks and micro-batches
     epochs: float                     # length in passes over the data
@@ -1224,8 +1187,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Stage:
-    """One thing that is trained. What it does in its own way is a method of its module, used where
-    it exists:
+    """One thing that is trained. Optional methods of its module customise it:
 
     decays(name, parameter)       whether weight decay acts on this parameter (default: on matrices)
     carry(name, old, shape)       an old weight made to fit another shape, or None; enables --init
@@ -1249,8 +1211,7 @@ class Stage:
 
 
 def vae_stage(views):
-    """Return the stage that trains a KL-VAE. Only `tiny` trains its own: see load_vae for the
-    others."""
+    """Return the stage that trains a KL-VAE. Only `tiny` trains its own: see load_vae."""
     recipe = Recipe(lr=3e-3, batch=16, epochs=0.8, warmup=0.03, decay=0.4, betas=(0.9, 0.99),
                     weight_decay=0.0, clip=1.0, ema=0.99)
     return Stage("vae", lambda config: KLVAE(config.vae), {"tiny": recipe}, views, load=load_vae)
@@ -1313,11 +1274,10 @@ def atomic(path):
             os.fsync(f.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}; what was there is untouched") from error
+        raise UserError(f"cannot write {path}: {error}; what was there is untouched") from error
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            beside.unlink()
 
 
 def save(path, content):
@@ -1327,8 +1287,7 @@ def save(path, content):
 
 
 class ReleasedConfig:
-    """Stands for the class in which released D-AR files keep their configuration: a dict, `_data`.
-    """
+    """Stands for the class of a configuration in released D-AR files: a dict, `_data`."""
 
 
 class Callback:
@@ -1344,8 +1303,7 @@ for value in (np.zeros(0), np.float64(0)):  # how NumPy rebuilds arrays and scal
 
 
 def read_checkpoint(path):
-    """Return the dict in a .pt, .pth, .ckpt, .bin or .safetensors file. Nothing in the file is
-    executed.
+    """Return the dict in a checkpoint file. Nothing in the file is executed.
 
     Raise UserError for a missing, damaged or unsafe file.
     """
@@ -1367,8 +1325,7 @@ def read_checkpoint(path):
 
 
 def load_pickle(path, callbacks=()):
-    """Return what torch.save wrote. callbacks: names of Lightning classes that may stand in it as
-    keys."""
+    """Return what torch.save wrote; `callbacks` are Lightning classes used as keys in it."""
     stand_ins = [(Callback, name) for name in callbacks]
     try:
         with torch.serialization.safe_globals([*HARMLESS, *stand_ins]):
@@ -1386,8 +1343,8 @@ def unwrap(content, *keys):
     """Return the tensors of the first dict under one of the keys, else of the content itself,
     without the prefixes that DDP and torch.compile put before names."""
     state = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): v for name, v in tensors.items()}
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value
+            for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def renamed(state, table):
@@ -1402,15 +1359,13 @@ def renamed(state, table):
 
 
 def numbered(state, pattern):
-    """Return the distinct numbers, sorted, that group 1 of the pattern takes at the start of the
-    names."""
+    """Return the distinct numbers, sorted, in group 1 of the pattern at starts of names."""
     found = [re.match(pattern, name) for name in state]
     return sorted({int(match[1]) for match in found if match})
 
 
 def load_strict(module, state, path):
-    """Load a state dict. Raise UserError that names the entries that are missing, extra or
-    misshapen."""
+    """Load a state dict, or raise UserError that names entries that do not fit."""
     own = module.state_dict()
     wrong = [f"{k} is no tensor" for k, v in state.items() if not isinstance(v, torch.Tensor)]
     wrong += [f"missing {k}" for k in own if k not in state]
@@ -1426,8 +1381,7 @@ def load_strict(module, state, path):
 
 
 def fingerprint(module):
-    """Return twelve hexadecimal digits that identify the weights of a module, whatever file they
-    came from."""
+    """Return twelve hexadecimal digits that identify the weights of a module."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         values = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -1461,14 +1415,13 @@ def grid(images, columns, names=None):
     n, _, h, w = images.shape
     rows = math.ceil(n / columns)
     font = ImageFont.load_default(max(10, min(h // 3, 24)))
-    left = gap
-    if names:
-        left = 8 + max(int(font.getlength(name)) for name in names[:rows])
+    names = (names or [])[:rows]
+    left = max([gap, *(8 + int(font.getlength(name)) for name in names)])
     sheet = Image.new("RGB", (left + columns * (w + gap), gap + rows * (h + gap)), "white")
     for k, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
         row, column = divmod(k, columns)
         sheet.paste(Image.fromarray(image), (left + column * (w + gap), gap + row * (h + gap)))
-    for row, name in enumerate(names or []):
+    for row, name in enumerate(names):
         middle = gap + row * (h + gap) + h / 2
         ImageDraw.Draw(sheet).text((4, middle), name, "black", font, anchor="lm")
     return sheet

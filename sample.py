@@ -28,8 +28,8 @@ import torch.distributed as dist
 import common
 from common import UserError
 
-FRAMES = 48  # of an animation
-STRIPS = 16  # images of which a picture shows the steps
+FRAMES = 48  # at most, in an animation
+STRIPS = 16  # images at most in a picture of steps
 
 
 def arguments():
@@ -87,7 +87,7 @@ def main():
         job = Generation(args, model_file, options, process)
     meta = {**job.about, "seed": args.seed, "count": len(job.labels),
             "precision": process.precision, "torch": str(torch.__version__)}
-    facts = (draw if is_picture else store)(args, process, job, meta)
+    facts = draw(args, job) if is_picture else store(args, process, job, meta)
     if process.rank == 0:
         beside = Path(args.out).with_suffix(".meta.json")
         if ending != ".npz" and not is_picture:
@@ -110,13 +110,16 @@ class Generation:
         self.options = options
         self.process = process
         self.seed = args.seed
-        self.model, self.first_stage, self.about = load(args, model_file, process.device)
-        config = self.model.config
+        model, first_stage, about = load(args, model_file, process.device)
+        self.model = model
+        self.first_stage = first_stage
+        self.about = about
+        config = model.config
         self.size = config.image_size
         class_names = list(config.class_names) or [str(k) for k in range(config.classes)]
         self.names = class_names
         if hasattr(model_file, "conditions"):
-            self.names = model_file.conditions(config, **options) or class_names
+            self.names = model_file.conditions(config, **options)
         by_class = self.names == class_names
         classes = list(range(len(self.names)))
         if args.classes and not by_class:
@@ -133,6 +136,7 @@ class Generation:
         for name in model_file.OPTIONS:
             self.about[name] = options.get(name, defaults.get(name))
         self.about["labels"] = "balanced" if by_class else "none"
+        self.batch_size = args.batch_size
         self.compiles = args.compile
         if args.compile is None:
             self.compiles = process.device.type == "cuda" and self.about["size"] != "tiny"
@@ -144,7 +148,10 @@ class Generation:
                     part.bfloat16()
 
     def make(self, indices, on_step=None):
-        """Return images (b, 3, h, w) and facts about each."""
+        """Return images (b, 3, h, w) and lists of facts about each."""
+        n = len(indices)
+        if self.compiles:  # a compiled step has one shape, so the last batch is filled up
+            indices = indices + indices[-1:] * (self.batch_size - n)
         labels = torch.tensor([self.labels[i] for i in indices], device=self.process.device)
         noise = common.Noise(self.seed, indices, self.process.device)
         with self.process.autocast():
@@ -152,13 +159,11 @@ class Generation:
                                                      on_step=on_step, **self.options)
         if not torch.isfinite(images).all():
             raise UserError("the samples are not finite: try --precision fp32 or other options")
-        return images, facts
+        return images[:n], {name: values[:n].tolist() for name, values in facts.items()}
 
 
 class Reconstruction:
     """Picture files, or images of a data set, encoded and decoded by the first stage."""
-
-    compiles = False
 
     def __init__(self, args, model_file, options, device):
         stage = next(stage for stage in model_file.STAGES if stage.load)
@@ -200,7 +205,8 @@ class Reconstruction:
             on_step(estimate)
         rounded = common.to_float(common.to_uint8(torch.stack(estimates, 1)))
         errors = (rounded - images[:, None]).square().mean((2, 3, 4))
-        return result, {"psnr_after_each_step": 10 * torch.log10(4 / errors.clamp(min=1e-9))}
+        psnr = 10 * torch.log10(4 / errors.clamp(min=1e-9))
+        return result, {"psnr_after_each_step": psnr.tolist()}
 
 
 def find_run(args, stages):
@@ -250,24 +256,23 @@ def load(args, model_file, device):
 # --- Where it goes --------------------------------------------------------------------------------
 
 @torch.no_grad()
-def draw(args, process, job, meta):
+def draw(args, job):
     """Write a picture or an animation, and return the mean facts."""
-    labels = job.labels
     shows_steps = args.stream or args.reconstruct or args.out.lower().endswith(".gif")
-    size = len(labels) if args.stream else args.batch_size
-    films, facts = [], []
-    bar = common.progress(len(labels), "sampling", "img")
-    for start in range(0, len(labels), size):
-        batch = list(range(start, min(start + size, len(labels))))
+    batch_size = len(job.labels) if args.stream else args.batch_size
+    films, all_facts = [], []
+    bar = common.progress(len(job.labels), "sampling", "img")
+    for batch in torch.arange(len(job.labels)).split(batch_size):
         film = Film(args, job)
-        images, about = job.make(padded(batch, args, job), film.add if shows_steps else None)
+        images, facts = job.make(batch.tolist(), film.add if shows_steps else None)
         film.frames.append(common.to_uint8(images).cpu())
-        films.append(torch.stack(film.frames, 1)[:len(batch)])              # (b, steps, 3, h, w)
-        facts.append(facts_of(batch, about))
+        steps = [frame[:len(batch)] for frame in film.frames]  # without what filled up the batch
+        films.append(torch.stack(steps, 1))                                 # (b, steps, 3, h, w)
+        all_facts.append(facts)
         bar.update(len(batch))
     bar.close()
     write_picture(args, job, torch.cat(films))
-    return means(facts)
+    return means(all_facts)
 
 
 class Film:
@@ -320,10 +325,10 @@ def store(args, process, job, meta):
     todo = cache.missing(process.rank, process.world)
     bar = common.progress(n // process.world, "sampling", "img", process.rank)
     for batch in todo:
-        images, facts = job.make(padded(list(batch), args, job))
+        images, facts = job.make(list(batch))
         with common.atomic(partial / f"{batch[0]:08d}.json") as f:
-            f.write(json.dumps(facts_of(list(batch), facts)).encode())
-        cache.write(batch, common.to_uint8(images[:len(batch)]).cpu().permute(0, 2, 3, 1).numpy())
+            f.write(json.dumps(facts).encode())
+        cache.write(batch, common.to_uint8(images).cpu().permute(0, 2, 3, 1).numpy())
         bar.update(len(batch))
     bar.close()
     if process.world > 1:
@@ -344,29 +349,18 @@ def store(args, process, job, meta):
         for k, label in enumerate(job.labels):
             picture = common.Image.fromarray(cache[k])
             common.save_picture(out / f"{k:06d}_class{label}.png", picture)
-    facts = [json.loads(file.read_text()) for file in partial.glob("*.json")]
+    facts = [json.loads(file.read_text()) for file in sorted(partial.glob("*.json"))]
     shutil.rmtree(partial)
     return means(facts)
 
 
-def padded(batch, args, job):
-    """Fill up the last batch for a compiled step, which has one shape."""
-    missing = args.batch_size - len(batch) if job.compiles else 0
-    return batch + batch[-1:] * missing
-
-
-def facts_of(batch, facts):
-    """Return the facts about the images of a batch without what it was filled up with."""
-    lists = {name: value[:len(batch)].tolist() for name, value in facts.items()}
-    return {"indices": batch, **lists}
-
-
 def means(facts):
     """Return the mean of each fact over all images, whatever batches and ranks made them."""
-    batches = sorted(facts, key=lambda batch: batch["indices"])
-    names = [name for name in batches[0] if name != "indices"]
-    return {name: np.mean(sum([batch[name] for batch in batches], []), 0).round(4).tolist()
-            for name in names}
+    result = {}
+    for name in facts[0]:
+        values = np.concatenate([batch[name] for batch in facts])
+        result[name] = values.mean(0).round(4).tolist()
+    return result
 
 
 if __name__ == "__main__":

@@ -259,8 +259,7 @@ def prepare(args, process, model_file, stage, data):
 
 
 def load_first_stage(args, model_file, stage, device):
-    """Return the frozen stage whose codes this one is trained on, and its path for sample.py, or
-    None, None."""
+    """Return the frozen first stage and its path for sample.py, or None, None."""
     if not stage.first_stage:
         return None, None
     path = args.out / stage.first_stage / "model.pt"
@@ -332,8 +331,7 @@ def differences(old, new):
 
 
 def load_initial_weights(run):
-    """Start from --init, or from the stage before where the stage says so, else from random
-    weights."""
+    """Start from --init or from the stage before, if any, else from random weights."""
     args, stage = run.args, run.stage
     carries = hasattr(run.network, "carry")
     if args.init and args.stage == stage.name and not carries:
@@ -369,8 +367,7 @@ def load_initial_weights(run):
 
 
 def wrapped(run):
-    """Return the network, compiled if asked for, in DDP if there are several ranks; say what is
-    trained."""
+    """Return the network, compiled and in DDP where needed; print what is trained."""
     args, process, network = run.args, run.process, run.network
     compiling = args.compile
     if compiling is None:
@@ -414,8 +411,7 @@ def loader(run):
 
 
 def micro_batches(run):
-    """Yield this rank's micro-batches of the run's order, which does not depend on the number of
-    ranks."""
+    """Yield this rank's micro-batches of the order, which is the same for any ranks."""
     place = run.seen + run.process.rank * run.micro
     while True:
         yield [run.order[p] for p in range(place, place + run.micro)]
@@ -530,8 +526,7 @@ def save_grid(run):
 
 
 def make_evaluator(run):
-    """Return the Evaluator of --fid-every, or None. An unusable reference ends the stage before it
-    starts."""
+    """Return the Evaluator of --fid-every, or None. Refuse an unusable reference now."""
     if run.stage.load or not run.args.fid_every:
         return None
     least = max(4, run.process.world)
@@ -544,8 +539,7 @@ def make_evaluator(run):
 
 @torch.no_grad()
 def evaluate(run, evaluator, log):
-    """Log the distance of samples, balanced over the classes, to the data. Each rank makes its
-    share."""
+    """Log the distance of samples to the data. Each rank makes its share of them."""
     process, n = run.process, run.args.fid_samples
     features = fid.Features()
     share = torch.arange(n).tensor_split(process.world)[process.rank]
@@ -563,8 +557,7 @@ def evaluate(run, evaluator, log):
 
 
 class Stop:
-    """Notes SIGTERM and SIGINT, so that the loop ends after the step. A second SIGINT ends at once.
-    """
+    """Notes SIGTERM and SIGINT, so that the loop ends after the step. A second ends it."""
 
     def __init__(self):
         self.requested = False
@@ -623,8 +616,7 @@ class Log:
 
 
 def mean_over_ranks(window, world):
-    """Return the means of the parts of the loss over steps and ranks. `window` may be empty: all
-    skipped."""
+    """Return the means over steps, of which all may be skipped, and over ranks."""
     means = {}
     for name in window[0] if window else ():
         mean = torch.stack([parts[name] for parts in window]).mean()

@@ -222,8 +222,7 @@ class ARTransformer(nn.Module):
             self.ref_proj.requires_grad_(False)  # published weights have it; nothing goes through
 
     def start(self, labels, drop=None):
-        """Return [class | mask] (B, class_tokens + block, D), Eq. 9, without label where drop is
-        true."""
+        """Return [class | mask] (B, class_tokens + block, D); drop (B,): no label."""
         c = self.config
         unlabelled = labels == c.classes
         if drop is not None:
@@ -310,22 +309,19 @@ class Decoder(nn.Module):
         self.output = nn.Linear(dim, c.vae.channels)
 
     def keys_values(self, c):
-        """Return each block's keys and values (B, heads, M, D/heads) of features c (B, M, D), any
-        M."""
+        """Return each block's keys and values (B, heads, M, D/heads) of c (B, M, D)."""
         c = self.condition(c)
         return [block.cross.keys_values(c) for block in self.blocks]
 
     def modulation(self, t):
-        """Return the embedding (B, D) of times t (B,) and the AdaLN vectors (B, 6, D) of all
-        blocks."""
+        """Return the embedding (B, D) of times (B,) and all blocks' AdaLN (B, 6, D)."""
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
         angles = 1000 * t[:, None] * frequencies
         embedding = self.time(torch.cat([angles.cos(), angles.sin()], 1))
         return embedding, self.modulate(F.silu(embedding)).unflatten(1, (6, -1))
 
     def forward(self, x, modulation, keys_values):
-        """Return the velocity (B, N, z) of tokens x (B, N, z), or (2 B, N, z) for 2 B conditions.
-        """
+        """Return the velocity (B, N, z) of tokens x, or (2 B, N, z) for 2 B conditions."""
         embedding, shared = modulation
         x = self.input(x) + self.pos                                # (B, N, D)
         for block, (k, v) in zip(self.blocks, keys_values):
@@ -380,8 +376,7 @@ class TransDiff(nn.Module):
         return h
 
     def draw_times(self, n, device):
-        """Draw t (n,) in 0 .. 1, uniform (Eq. 5) or logit-normal and floored to k/1000 (released).
-        """
+        """Draw t (n,) in 0 .. 1: uniform (Eq. 5), or logit-normal (released)."""
         if self.config.times == "uniform":
             return torch.rand(n, device=device)
         return logit_normal(torch.randn(n, device=device))
@@ -420,8 +415,7 @@ class TransDiff(nn.Module):
     @torch.no_grad()
     def sample(self, labels, noise, *, other=None, features=None, rounds=None, on_step=None,
                **options):
-        """Return scaled latents (B, z, h, w) for labels (B,) and their features (B, M', D); Alg. 1
-        and 2.
+        """Return scaled latents (B, z, h, w) and features (B, M', D) for labels (B,).
 
         noise: common.Noise. other: labels (B,) of classes whose features take every second place
         (Fig. 5). features: use only K of the M features, evenly spread (Fig. 1). rounds: stop MRAR
@@ -489,8 +483,7 @@ class TransDiff(nn.Module):
         return x
 
     def decays(self, name, parameter):
-        """Say whether weight decay acts: on matrices and tables of the AR transformer, as released.
-        """
+        """Return whether to decay: matrices and tables of the AR transformer, as released."""
         return name.startswith("ar.") and parameter.ndim > 1
 
     def carry(self, name, old, shape):
@@ -576,8 +569,7 @@ def model_views(config):
 
 
 def mrar_config(config):
-    """Return the MRAR version of a 1-step config: half the repetitions, and its published sampler
-    settings."""
+    """Return the MRAR config: half the repetitions, and its published sampler settings."""
     return dataclasses.replace(config, mrar=True, repeat=2, **MRAR_SAMPLING.get(config.dim, {}))
 
 
