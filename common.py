@@ -777,7 +777,7 @@ def load_folder(path, size):
     pictures both at its top and in sub-folders, which could mean either.
     """
     if not path.is_dir():
-        raise UserError(f"--data {path}: no such folder, nor shapes, {', '.join(IDX)}, cifar10")
+        raise UserError(f"{path}: no such folder, nor one of shapes, {', '.join(IDX)}, cifar10")
 
     def natural(folder):  # class 2 before class 10
         parts = re.split(r"(\d+)", folder.name)
@@ -1274,7 +1274,8 @@ def atomic(path):
             os.fsync(f.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path}: {error}; what was there is untouched") from error
+        reason = getattr(error, "strerror", None) or error  # without the temporary file's name
+        raise UserError(f"cannot write {path}: {reason}; what was there is untouched") from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()

@@ -201,7 +201,7 @@ class Reconstruction:
         result = self.first_stage.reconstruct(images, noise, on_step=estimates.append,
                                               **self.options)
         estimates = estimates or [result]  # a first stage without steps
-        for estimate in [images, *estimates[:-1]] if on_step else ():  # the result follows
+        for estimate in [images, *estimates] if on_step else ():
             on_step(estimate)
         rounded = common.to_float(common.to_uint8(torch.stack(estimates, 1)))
         errors = (rounded - images[:, None]).square().mean((2, 3, 4))
@@ -265,7 +265,7 @@ def draw(args, job):
     for batch in torch.arange(len(job.labels)).split(batch_size):
         film = Film(args, job)
         images, facts = job.make(batch.tolist(), film.add if shows_steps else None)
-        film.frames.append(common.to_uint8(images).cpu())
+        film.frames[-1:] = [common.to_uint8(images).cpu()]     # the last estimate is the result
         steps = [frame[:len(batch)] for frame in film.frames]  # without what filled up the batch
         films.append(torch.stack(steps, 1))                                 # (b, steps, 3, h, w)
         all_facts.append(facts)
