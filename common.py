@@ -363,40 +363,13 @@ class SpatialAttention(nn.Module):
         return x + self.proj_out(h.mT.reshape(x.shape))
 
 
-class Resample(nn.Module):
-    """Half the side: a convolution of stride 2, padded on the right and at the bottom only. Twice
-    the side: nearest neighbours, then a convolution."""
-
-    def __init__(self, channels, double):
-        super().__init__()
-        self.double = double
-        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if double else 2)
-
-    def forward(self, x):
-        if self.double:
-            return self.conv(F.pad(F.interpolate(x, scale_factor=2.0), (1, 1, 1, 1)))
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where the level has it,
-    and the change of resolution after them."""
-
-    def __init__(self, c_in, c_out, blocks, has_attention, groups):
-        super().__init__()
-        self.blocks = nn.ModuleList()
-        self.attention = nn.ModuleList()
-        for _ in range(blocks):
-            self.blocks.append(ResBlock(c_in, c_out, groups))
-            attention = SpatialAttention(c_out, groups) if has_attention else nn.Identity()
-            self.attention.append(attention)
-            c_in = c_out
-        self.resample = nn.Identity()
-
-    def forward(self, x):
-        for block, attention in zip(self.blocks, self.attention):
-            x = attention(block(x))
-        return self.resample(x)
+def resample(channels, double):
+    """Return a module that doubles the side, by nearest neighbours and a convolution, or halves it,
+    by a convolution of stride 2 that is padded on the right and at the bottom only."""
+    if double:
+        return nn.Sequential(nn.Upsample(scale_factor=2.0),
+                             nn.Conv2d(channels, channels, 3, padding=1))
+    return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
 
 
 class Coder(nn.Module):
@@ -414,9 +387,14 @@ class Coder(nn.Module):
         self.conv_in = nn.Conv2d(config.channels if decoder else 3, first, 3, padding=1)
         self.levels = nn.ModuleList()
         for i, width in enumerate(widths):
-            level = Level(inputs[i], width, blocks, i in attention, config.groups)
+            level = nn.Sequential()
+            for j in range(blocks):
+                block = nn.Sequential(ResBlock(width if j else inputs[i], width, config.groups))
+                if i in attention:
+                    block.append(SpatialAttention(width, config.groups))
+                level.append(block)
             if i != (0 if decoder else len(widths) - 1):
-                level.resample = Resample(width, double=decoder)
+                level.add_module("resample", resample(width, double=decoder))
             self.levels.append(level)
         self.mid = nn.Sequential(ResBlock(widths[-1], widths[-1], config.groups),
                                  SpatialAttention(widths[-1], config.groups),
@@ -511,14 +489,13 @@ def in_parts(x, pixels):
 
 # Published name -> ours.
 LATENT_DIFFUSION = r"""
-\.(down|up)\.(\d+)  -> .levels.\2
-\.block\.(\d+)      -> .blocks.\1
-\.attn\.            -> .attention.
-\.(down|up)sample\. -> .resample.
-nin_shortcut        -> shortcut
-\.mid\.block_1      -> .mid.0
-\.mid\.attn_1       -> .mid.1
-\.mid\.block_2      -> .mid.2
+\.(down|up)\.(\d+)\.block\.(\d+)   -> .levels.\2.\3.0
+\.(down|up)\.(\d+)\.attn\.(\d+)    -> .levels.\2.\3.1
+\.(down|up)\.(\d+)\.\1sample\.conv -> .levels.\2.resample.1
+nin_shortcut                       -> shortcut
+\.mid\.block_1                     -> .mid.0
+\.mid\.attn_1                      -> .mid.1
+\.mid\.block_2                     -> .mid.2
 """
 # Published name -> latent-diffusion's, which counts the decoder's levels from the other end.
 DIFFUSERS = r"""
@@ -597,13 +574,13 @@ def vae_config(state):
     channels = state["post_quant_conv.weight"].shape[0]
     mult = []
     for i in numbered(state, r"encoder\.levels\.(\d+)"):
-        mult.append(state[f"encoder.levels.{i}.blocks.0.conv1.weight"].shape[0] // width)
+        mult.append(state[f"encoder.levels.{i}.0.0.conv1.weight"].shape[0] // width)
     scale = SD_VAE.scale if channels == SD_VAE.channels else VAEConfig.scale
     return VAEConfig(
         channels=channels, width=width, mult=tuple(mult), scale=float(state.get("scale", scale)),
-        blocks=len(numbered(state, r"encoder\.levels\.0\.blocks\.(\d+)")),
-        attention=tuple(numbered(state, r"encoder\.levels\.(\d+)\.attention")),
-        decoder_attention=tuple(numbered(state, r"decoder\.levels\.(\d+)\.attention")))
+        blocks=len(numbered(state, r"encoder\.levels\.0\.(\d+)\.")),
+        attention=tuple(numbered(state, r"encoder\.levels\.(\d+)\.\d+\.1\.")),
+        decoder_attention=tuple(numbered(state, r"decoder\.levels\.(\d+)\.\d+\.1\.")))
 
 
 # --- 3  Data --------------------------------------------------------------------------------------
@@ -641,8 +618,6 @@ class Data:
         yield from np.roll(of_class, -index).tolist()
 
 
-SHAPES = ["circle", "ring", "square", "triangle", "diamond", "star", "heart", "cross", "crescent",
-          "flower"]
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 FASHION = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
            "ankle boot"]
@@ -909,37 +884,42 @@ def random_square_and_mirror(image, size, rng):
     return [square, mirror(square)]
 
 
-def polar(angles, radii):
-    """Return points (n, 2) at these angles, in turns clockwise from the top, and radii."""
-    angles = 2 * math.pi * np.asarray(angles)
-    return np.stack([np.sin(angles), -np.cos(angles)], 1) * np.resize(radii, len(angles))[:, None]
+def polar(turns, radii):
+    """Return points as complex numbers, given turns clockwise from the top and radii."""
+    return -1j * np.resize(radii, len(turns)) * np.exp(2j * np.pi * turns)
 
 
 TURN = np.arange(90) / 90
+WAVE = np.cos(2 * np.pi * np.outer([1, 2, 3], TURN))
+HEART = 0.9 * np.sin(2 * np.pi * TURN) ** 3 + 1j * (np.array([-0.74, 0.29, 0.11]) @ WAVE - 0.1)
 DISC = polar(TURN, 0.85)
 ARMS = (np.arange(4)[:, None] + [-0.22, 0.22, 0.5]).flatten() / 4
-PETALS = 0.45 + 0.45 * np.abs(np.cos(6 * np.pi * TURN)) ** 0.5
-HEART = np.stack([0.9 * np.sin(2 * np.pi * TURN) ** 3, np.cos(6 * np.pi * TURN) / 9 - 0.1
-                  + np.cos(4 * np.pi * TURN) / 3.5 - np.cos(2 * np.pi * TURN) / 1.35], 1)
-OUTLINES = [  # of SHAPES: outline and hole
-    (DISC, []), (DISC, 0.5 * DISC), (polar(np.arange(4) / 4 + 1 / 8, 1.1), []),
-    (polar(np.arange(3) / 3, 1.05) + [0, 0.2], []), (polar(np.arange(4) / 4, [1, 0.62]), []),
-    (polar(np.arange(10) / 10, [1, 0.42]), []), (HEART, []), (polar(ARMS, [0.95, 0.95, 0.42]), []),
-    (DISC, 0.85 * DISC + [0.4, -0.1]), (polar(TURN, PETALS), [])]
+OUTLINES = {
+    "circle": DISC,
+    "ring": DISC,
+    "square": polar(np.arange(4) / 4 + 1 / 8, 1.1),
+    "triangle": polar(np.arange(3) / 3, 1.05) + 0.2j,
+    "diamond": polar(np.arange(4) / 4, [1, 0.62]),
+    "star": polar(np.arange(10) / 10, [1, 0.42]),
+    "heart": HEART,
+    "cross": polar(ARMS, [0.95, 0.95, 0.42]),
+    "crescent": DISC,
+    "flower": polar(TURN, 0.45 + 0.45 * np.abs(WAVE[2]) ** 0.5)}
+HOLES = {"ring": 0.5 * DISC, "crescent": 0.85 * DISC + 0.4 - 0.1j}
+SHAPES = list(OUTLINES)
 
 
 def draw_shape(index, size):
     """Return picture `index` of `shapes`: a shaded shape of class index % 10."""
     rng = np.random.default_rng((20, index))
-    turn = rng.uniform(-0.15, 0.15)
-    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    scale = rng.uniform(0.72, 0.82)
-    shift = rng.uniform(-0.06, 0.06, 2)
+    name = SHAPES[index % len(SHAPES)]
+    move = np.exp(1j * rng.uniform(-0.15, 0.15)) * rng.uniform(0.72, 0.82)  # turns and scales
+    place = complex(*rng.uniform(-0.06, 0.06, 2)) + 1 + 1j
     fine = Image.new("L", (4 * size, 4 * size))  # four times as fine, so that edges are smooth
-    for points, value in zip(OUTLINES[index % len(SHAPES)], (255, 0)):
-        if len(points):
-            corners = (scale * points @ rotation + shift + 1) * (2 * size)
-            ImageDraw.Draw(fine).polygon(corners.flatten().tolist(), fill=value)
+    for shapes, value in ((OUTLINES, 255), (HOLES, 0)):
+        if name in shapes:
+            corners = (move * shapes[name] + place) * (2 * size)
+            ImageDraw.Draw(fine).polygon(corners.view(float).tolist(), fill=value)
     mask = fine.resize((size, size), Image.Resampling.BOX)
     shadow = ImageChops.offset(mask, size // 16).filter(ImageFilter.GaussianBlur(size / 24))
     light = Image.linear_gradient("L").resize((size, size))  # from above

@@ -438,11 +438,10 @@ def codes(run, batch):
     return result.unflatten(0, batch.shape[:2]) if several else result
 
 
-def reseed(*numbers):
+def reseed(seed, step, micro_batch):
     """Make all that is drawn next a function of these numbers."""
-    sequence = np.random.SeedSequence(numbers[0], spawn_key=numbers[1:])
-    state = sequence.generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]))
+    sequence = np.random.SeedSequence(seed, spawn_key=(step, micro_batch))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 def on_any_rank(process, *flags):

@@ -1,6 +1,5 @@
 """The real command lines, in a temporary folder: training, resuming, several processes, sampling,
 and mistakes."""
-import ast
 import functools
 import json
 import re
@@ -741,42 +740,3 @@ def test_an_impossible_evaluation_ends_a_run_before_it_starts(trained, training,
         training("--stage", "1step", "--data", pictures / data, "--fid-every", 1,
                  "--fid-samples", n)
     assert not list(tmp_path.glob("1step/*.pt"))
-
-
-# --- The house ------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("model", MODELS)
-def test_the_models_introduce_themselves(in_process, capsys, model):
-    """`python transdiff.py`: presets with their parameters, and a batch on its way to a loss."""
-    in_process(MODELS[model])
-    said = capsys.readouterr().out
-    assert all(size in said for size in MODELS[model].PRESETS)
-    assert re.search(r"loss\D+\d+\.\d", said)
-
-
-def test_only_the_named_packages_are_imported():
-    """A package that no one was told to install, or a module that Windows does not have."""
-    code = ("import sys; sys.modules['resource'] = None; before = set(sys.modules);"
-            "import train, sample, transdiff, dar, madformer;"
-            "print(*{name.split('.')[0] for name in set(sys.modules) - before})")
-    loaded = {name.lower() for name in run("-c", code, cwd=ROOT).split()}
-    packages = Path(np.__file__).parent.parent.glob("*.dist-info")
-    installed = {path.name.split("-")[0].lower() for path in packages}
-    asked = {"torch", "numpy", "scipy", "pillow", "tqdm"}
-    needed_by_torch = {"sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec",
-                       "typing_extensions", "setuptools", "packaging"}
-    assert not loaded & (installed - asked - needed_by_torch)
-
-
-@pytest.mark.parametrize("room, doors", [
-    ("common", set()), ("transdiff", {"common"}), ("dar", {"common"}), ("madformer", {"common"}),
-    ("fid", {"common"}), ("sample", {"common"}), ("train", {"common", "fid"})])
-def test_no_file_imports_another_that_it_should_not_know(room, doors):
-    """A model file that needs another one."""
-    imported = set()
-    for node in ast.walk(ast.parse((ROOT / f"{room}.py").read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
-    assert imported & {"common", "fid", "train", "sample", *MODELS} == doors
