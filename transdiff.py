@@ -14,8 +14,8 @@ Time      t = 1 is noise, t = 0 the image: x_t = (1 - t) x + t eps, velocity v =
 Where     Eq. 4, 5, 8, the loss: TransDiff.forward    Eq. 9, 11, the input: ARTransformer
           Eq. 6, features: TransDiff.semantic         Eq. 3, the velocity: Decoder
           Eq. 7, Alg. 1 and 2: TransDiff.sample       Eq. 16 to 18, a step: TransDiff.denoise
-          Eq. 13 to 15: similarity. Eq. 10 and 12 apply Eq. 6, then Eq. 7, in each round. Eq. 1 and
-          2 define autoregressive models in general; nothing here computes them.
+          Eq. 13 to 15: similarity. In each round, Eq. 10 and 12 apply Eq. 6 and then Eq. 7.
+          Eq. 1 and 2 define autoregressive models in general; nothing here computes them.
 Differs   Where the paper is silent or its released code differs, a Config field selects one:
           `times`, `feed`. docs/paper_and_code.md lists all points.
 """
