@@ -4,16 +4,15 @@ import dataclasses
 import itertools
 import math
 import re
-import types
 
-import numpy as np
+import plain
 import pytest
 import torch
 import torch.nn.functional as F
+from test_parity import Fixture, Replay, Spy, close, spied
 
 import common
 import madformer
-import plain
 from common import Noise, UserError
 from madformer import CLEAN, EOI, EOS, NOISE, TEXT, Config, MADFormer, UNetConfig
 
@@ -32,37 +31,30 @@ LABELS = torch.tensor([0, 1, 2])
 
 
 def model_of(changes=""):
+    """Return a small model with these fields of its config changed."""
     torch.manual_seed(0)
     return MADFormer(common.override(SMALL, changes.split())).eval()
 
 
 def latents_of(model, n):
+    """Return random latents of n images."""
     c = model.config
-    shape = (n, c.vae.channels, c.latent_size, c.latent_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, c.vae.channels, c.latent_size, c.latent_size, generator=generator)
 
 
-def noise(n=3):
-    return Noise(5, range(n))
-
-
-def assert_same(a, b, tolerance=1e-4):
-    assert a.shape == b.shape
-    assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3)
-
-
-def test_blocks_are_squares_in_raster_order():
-    model = model_of("ar_length=16")
-    latents = latents_of(model, 2)                # 8 x 8
-    blocks = model.cut(latents)
-    assert torch.equal(blocks[:, 6], latents[:, :, 2:4, 4:6])
-    assert torch.equal(model.join(blocks), latents)
+def noise_of(n, first=0):
+    """Return the noise of seed 5 for n images."""
+    return Noise(5, range(first, first + n))
 
 
 # --- Attention ------------------------------------------------------------------------------------
 
 def statement(query, key, clean_blocks, isolated):
-    """The reference page's table, in words. A row is (kind, place); none of them is padding."""
+    """Return whether a row attends to another, by the table of the paper put in words.
+
+    A row is (kind, place). None of them is padding.
+    """
     (kind_q, q), (kind_k, k) = query, key
     if kind_q == TEXT and kind_k == TEXT:
         return k <= q  # text is causal
@@ -74,6 +66,7 @@ def statement(query, key, clean_blocks, isolated):
 
 
 def layout_of(text, clean_blocks):
+    """Return the layout of all rows and the tokens of texts of different lengths."""
     model = model_of(f"text={text} clean_blocks={clean_blocks}")
     tokens = F.pad(model.names, (0, 1), value=EOI) if text else LABELS[None, :0]
     kinds = [CLEAN, NOISE] if clean_blocks else [NOISE]
@@ -86,7 +79,7 @@ VARIANTS = list(itertools.product((0, 1), repeat=3))
 
 @pytest.mark.parametrize("text,clean_blocks,isolated", VARIANTS)
 def test_the_mask_is_the_statement(text, clean_blocks, isolated):
-    """Row by row against the statement, with padded texts of different lengths."""
+    """Row by row, with padding: a row that attends to one too many, or to one too few."""
     layout, tokens = layout_of(text, clean_blocks)
     mask = madformer.dense_mask(layout, tokens, isolated)[:, 0]
     rows = list(zip(*layout[:2].tolist()))
@@ -101,18 +94,19 @@ def test_the_mask_is_the_statement(text, clean_blocks, isolated):
 @pytest.mark.filterwarnings("ignore:flex_attention called without")  # slow, but the same numbers
 @pytest.mark.parametrize("text,clean_blocks,isolated", VARIANTS)
 def test_flex_attention_is_masked_attention(monkeypatch, text, clean_blocks, isolated):
+    """A mask that is shared by all images, or transposed, on CUDA alone."""
     monkeypatch.setattr(madformer, "compiled_flex_attention", lambda: madformer.flex_attention)
     layout, tokens = layout_of(text, clean_blocks)
     q, k, v = torch.randn(3, 3, 2, layout.shape[1], 64)
-    dense, flex = (madformer.masked_attention(layout, tokens, isolated, flex)(q, k, v)
-                   for flex in (False, True))
-    torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-5)
+    dense = madformer.masked_attention(layout, tokens, isolated, flex=False)
+    flex = madformer.masked_attention(layout, tokens, isolated, flex=True)
+    close(flex(q, k, v), dense(q, k, v))
 
 
 # --- Samplers -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("sampler,target", [
-    ("ddim", "clean"), ("ddim", "noise"), ("dpm", "clean"), ("dpm", "noise")])
+@pytest.mark.parametrize("sampler", madformer.MAX_STEPS)
+@pytest.mark.parametrize("target", ["clean", "noise"])
 def test_a_known_image_is_reached_in_any_number_of_steps(sampler, target):
     """A network that knows x_0: a wrong sign, level or last step misses it."""
     x_0, start = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0))
@@ -121,6 +115,7 @@ def test_a_known_image_is_reached_in_any_number_of_steps(sampler, target):
 
         def network(x, i):
             return x_0 if target == "clean" else (x - alpha[i] * x_0) / sigma[i]
+
         *_, result = madformer.solve(network, start, sampler, steps, target)
         torch.testing.assert_close(result, x_0, rtol=0, atol=2e-4)
 
@@ -128,11 +123,13 @@ def test_a_known_image_is_reached_in_any_number_of_steps(sampler, target):
 @pytest.mark.parametrize("sampler,factor", [("ddim", 0.65), ("dpm", 0.4)])
 def test_the_order_of_each_sampler(sampler, factor):
     """Of Gaussian data the flow keeps the standard scores. Twice the steps: 1/2, 1/4 the error."""
-    mean, std, errors = 0.7, 0.4, []
+    mean = 0.7
+    std = 0.4
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    errors = []
     for steps in (40, 80):
         _, alpha, sigma = madformer.schedule(sampler, steps)
-        deviation = [math.sqrt(a**2 * std**2 + s**2) for a, s in zip(alpha, sigma)]
+        deviation = [math.hypot(a * std, s) for a, s in zip(alpha, sigma)]
 
         def network(x, i):  # the posterior mean of x_0
             return mean + std**2 * alpha[i] / deviation[i] ** 2 * (x - alpha[i] * mean)
@@ -143,11 +140,10 @@ def test_the_order_of_each_sampler(sampler, factor):
     assert errors[1] < min(0.05, factor * errors[0]), errors
 
 
-def test_steps_of_dpm_are_numpys():
-    """torch.linspace rounds some of them to the other side: of 30, index 15 is 499."""
-    assert madformer.schedule("dpm", 30)[0][-15] == 499
-    for n in range(1, 1000):
-        assert madformer.schedule("dpm", n)[0] == np.linspace(0, 999, n + 1).round()[:0:-1].tolist()
+def test_steps_of_dpm_round_as_in_numpy():
+    """Halves become even, not larger; and torch.linspace would make the second number 500."""
+    ts, _, _ = madformer.schedule("dpm", 30)
+    assert (ts[-5], ts[-15]) == (166, 499)
 
 
 # --- Sampling -------------------------------------------------------------------------------------
@@ -157,64 +153,77 @@ def test_steps_of_dpm_are_numpys():
 def test_cached_sampling_is_plain_sampling(changes, more):
     """Caches, padding and both samplers, under every switch."""
     model = model_of(f"{changes} {more}")
-    fast = model.sample(LABELS, noise())
-    assert_same(fast, plain.madformer_sample(model, LABELS, noise()))
+    fast = model.sample(LABELS, noise_of(3))
+    close(fast, plain.madformer_sample(model, LABELS, noise_of(3)), 1e-4)
 
 
-def test_what_is_clean_runs_once():
+@pytest.mark.parametrize("steps", [2, 5])
+def test_what_is_clean_runs_once(steps):
     """Text and clean blocks run once whatever the number of steps; NFE is counted as it is."""
-    for steps in (2, 5):
-        model, ran = model_of(), []
-        for i, layer in enumerate(model.layers):
-            layer.register_forward_hook(lambda m, args, out, i=i: ran.append((i, *args[0])))
-        model.sample(LABELS, noise(), steps=steps)
-        c = model.config
-        for i in range(c.depth):
-            assert ran.count((i, "text")) == 1
-            assert ran.count((i, "clean")) == c.ar_length - 1
-        noisy = sum(name == "noise" for _, name in ran)
-        assert noisy == c.ar_length * c.evaluations(steps)
+    model = model_of()
+    c = model.config
+    layers = [spied(layer) for layer in model.layers]
+    model.sample(LABELS, noise_of(3), steps=steps)
+    noisy = 0
+    for layer in layers:
+        towers = [name for rows, _, _ in layer.args for name in rows]
+        assert towers.count("text") == 1
+        assert towers.count("clean") == c.ar_length - 1
+        noisy += towers.count("noise")
+    assert noisy == c.ar_length * c.evaluations(steps)
 
 
 def test_an_image_does_not_depend_on_its_batch():
+    """Noise, caches or padding that is shared between images shows."""
     model = model_of()
-    together = model.sample(LABELS, noise())
+    together = model.sample(LABELS, noise_of(3))
     for k in range(3):
-        assert_same(model.sample(LABELS[k:k + 1], Noise(5, [k])), together[k:k + 1])
+        alone = model.sample(LABELS[k:k + 1], noise_of(1, first=k))
+        close(alone, together[k:k + 1], 1e-4)
 
 
-def test_blocks_are_drawn_in_order():
+@pytest.mark.parametrize("last,options,changed", [
+    (4, {}, [False, False, False, True]),
+    (3, {"prompt": ["a cow"]}, [True, True, True, True])])
+def test_blocks_are_drawn_in_order(last, options, changed):
     """Other noise for the last block changes the last block alone; another prompt changes all."""
     model = model_of()
     draws = torch.randn(5, 1, 3, 4, 4)
-
-    def sample(order, **options):
-        stream = types.SimpleNamespace(normal=lambda shape: draws[order.pop(0)])
-        return model.cut(model.sample(LABELS[:1], stream, **options))[0]
-
-    first = sample([0, 1, 2, 3])
-    assert (first != sample([0, 1, 2, 4])).flatten(1).any(1).tolist() == [False] * 3 + [True]
-    assert (first != sample([0, 1, 2, 3], prompt=["a cow"])).flatten(1).any(1).all()
+    before = model.sample(LABELS[:1], Replay(*draws[:4]))
+    noise = Replay(*draws[:3], draws[last])
+    after = model.sample(LABELS[:1], noise, **options)
+    [differs] = model.cut(before != after)
+    assert differs.flatten(1).any(1).tolist() == changed
 
 
 def test_previews_show_the_blocks_so_far_and_grey():
-    vae, seen = common.KLVAE(SMALL.vae).eval(), []
-    images, facts = madformer.generate(model_of(), vae, LABELS, noise(), on_step=seen.append)
-    assert len(seen) == 12 and torch.equal(seen[-1], images)
-    assert facts["steps"].tolist() == [3] * 3 and facts["nfe_per_block"].tolist() == [7] * 3
-    blocks = model_of().cut(seen[2])  # after the first of four
-    assert (blocks[:, 1:] == 0).all() and (blocks[:, 0] != 0).any()
+    """The last one is the image. The facts are of each image."""
+    model = model_of()
+    vae = common.KLVAE(SMALL.vae).eval()
+    previews = []
+    images, facts = madformer.generate(model, vae, LABELS, noise_of(3), on_step=previews.append)
+    assert len(previews) == 12
+    assert torch.equal(previews[-1], images)
+    [image, *_] = model.cut(previews[2])  # after the first of four blocks
+    assert image.flatten(1).any(1).tolist() == [True, False, False, False]
+    assert facts["steps"].tolist() == [3, 3, 3]
+    assert facts["nfe_per_block"].tolist() == [7, 7, 7]
 
 
 @pytest.mark.parametrize("options,words", [
-    ({"nfe": 7, "steps": 3}, "--nfe and --steps"), ({"steps": 0}, "steps is 1 to 1000"),
-    ({"steps": 1000, "sampler": "dpm"}, "steps is 1 to 999"), ({"nfe": 2}, "one step takes 3")])
+    ({"nfe": 7, "steps": 3}, "--nfe and --steps"),
+    ({"nfe": 2}, "one step takes 3"),
+    ({"steps": 0}, "steps is 1 to 1000"),
+    ({"steps": 1000, "sampler": "dpm"}, "steps is 1 to 999")])
 def test_options_that_do_not_fit_are_refused(options, words):
+    """In one line that names the option."""
+    vae = common.KLVAE(SMALL.vae)
     with pytest.raises(UserError, match=words):
-        madformer.generate(model_of(), common.KLVAE(SMALL.vae), LABELS, noise(), **options)
+        madformer.generate(model_of(), vae, LABELS, noise_of(3), **options)
 
 
 def test_labels_stand_for_prompts_or_classes():
+    """A model without text has one label, and no prompt."""
     without = common.override(SMALL, ["text=0"])
     assert madformer.conditions(SMALL, steps=3) == ["ox", "a horse", "Sheep"]
     assert madformer.conditions(SMALL, prompt=["x"]) == ["x"]
@@ -226,25 +235,29 @@ def test_labels_stand_for_prompts_or_classes():
 @torch.no_grad()
 def test_the_stream_stays_in_float32_under_autocast():
     """As released: only products are bfloat16; in training and in sampling."""
-    model, kinds = model_of("depth=2 diffusion_depth=1"), set()
-    for layer in model.layers:
-        layer.register_forward_hook(lambda module, args, out: kinds.update(
-            part.dtype for part in (*args[0].values(), *out.values())))
+    model = model_of("depth=2 diffusion_depth=1")
+    layers = [spied(layer) for layer in model.layers]
     with torch.autocast("cpu", torch.bfloat16):
-        loss = model(latents_of(model, 2), LABELS[:2])
-        model.sample(LABELS, noise(), steps=1)
-    assert kinds == {torch.float32} == {value.dtype for value in loss.values()}
+        losses = model(latents_of(model, 2), LABELS[:2])
+        model.sample(LABELS, noise_of(3), steps=1)
+    streams = [losses]
+    for layer in layers:
+        streams += [rows for rows, _, _ in layer.args] + layer.results
+    assert {x.dtype for stream in streams for x in stream.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("changes,writes", [("", 4), ("mlp_denoising=1 text=0", 0)])
 def test_compiled_sampling_is_eager_sampling(traced, changes, writes):
-    """A graph for block 0 and one for all others, whose history grows, in two jobs. They change
-    keys and values by index_copy_ on whole tensors alone: else each step copies the cache."""
+    """A graph for block 0 and one for all others, whose history grows, in two jobs.
+
+    They change keys and values by index_copy_ on whole tensors alone: else each step copies the
+    cache.
+    """
     model = model_of(changes)
-    eager = model.sample(LABELS, noise())
+    eager = model.sample(LABELS, noise_of(3))
     madformer.compile_steps(model, None)
     for _ in range(2):
-        assert_same(model.sample(LABELS, noise()), eager)
+        close(model.sample(LABELS, noise_of(3)), eager, 1e-4)
     assert len(traced) == 2
     for graph in traced:
         calls = [node for node in graph.graph.nodes if node.op.startswith("call")]
@@ -257,76 +270,81 @@ def test_compiled_sampling_is_eager_sampling(traced, changes, writes):
 def test_training_on_cuda_compiles_to_one_graph(monkeypatch):
     """The branch with FlexAttention, traced on the CPU: no break, the same loss."""
     model = model_of("depth=2 diffusion_depth=1 ar_length=1")
-    given = dict(t=torch.tensor([[500], [7]]), eps=torch.ones(2, 1, 3, 8, 8))
-    eager = model(latents_of(model, 2), LABELS[:2], **given)["loss"]
+    x = latents_of(model, 2)
+    t = torch.tensor([[500], [7]])
+    eps = torch.ones(2, 1, 3, 8, 8)
+    eager = model(x, LABELS[:2], t=t, eps=eps)
     masked = madformer.masked_attention
     monkeypatch.setattr(madformer, "masked_attention",
                         lambda layout, text, isolated, flex: masked(layout, text, isolated, True))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert_same(compiled(latents_of(model, 2), LABELS[:2], **given)["loss"], eager, 1e-5)
+    close(compiled(x, LABELS[:2], t=t, eps=eps)["loss"], eager["loss"])
 
 
 # --- Costs and recipes ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("depth,budgets", [
-    (7, {280: 37, 700: 97, 1400: 197, 2800: 397, 84: 9, 140: 17, 224: 29}),
-    (14, {280: 19, 700: 49, 1400: 99, 2800: 199, 84: 5, 140: 9, 224: 15}),
-    (28, {280: 10, 700: 25, 1400: 50, 2800: 100, 84: 3, 140: 5, 224: 8}),
+    (7, {280: 37, 700: 97, 1400: 197, 2800: 397, 84: 9}),
+    (14, {280: 19, 700: 49, 1400: 99, 2800: 199, 84: 5}),
+    (28, {280: 10, 700: 25, 1400: 50, 2800: 100, 84: 3}),
     (21, {280: 13, 700: 33, 1400: 66, 2800: 133, 84: 3})])
 def test_the_papers_budgets_are_met(depth, budgets):
     """Fig. 4: all but those of depth 21 are reached exactly, and none is exceeded."""
     config = dataclasses.replace(madformer.PRESETS["ffhq"], diffusion_depth=depth)
     for nfe, steps in budgets.items():
         assert config.steps_within(nfe) == steps
-        assert config.evaluations(steps) == nfe or depth == 21 and config.evaluations(steps) < nfe
+        reached = config.evaluations(steps)
+        assert reached == nfe or reached < nfe and depth == 21
     assert config.steps_within(10**6) == 999
 
 
 def test_published_sizes_have_the_published_parameters():
     """The reference counts: each part, and the two models of 1.3B and 2.1B."""
-    def count(module):
-        return sum(p.numel() for p in module.parameters())
-
     with torch.device("meta"):
         ffhq, imagenet = (MADFormer(madformer.PRESETS[name]) for name in ("ffhq", "imagenet"))
-    assert count(ffhq.layers[0].towers["noise"]) == 19_471_232
-    assert (count(ffhq.down), count(ffhq.up)) == (64_820_480, 144_739_460)
-    assert (count(ffhq), count(imagenet)) == (1_300_243_844, 2_140_718_980)
+    parts = [ffhq.layers[0].towers["noise"], ffhq.down, ffhq.up, ffhq, imagenet]
+    assert [sum(p.numel() for p in part.parameters()) for part in parts] == [
+        19_471_232, 64_820_480, 144_739_460, 1_300_243_844, 2_140_718_980]
 
 
 @pytest.mark.parametrize("size,images,batch,steps,sampling_steps", [
     ("ffhq", 70_000, 64, 210_000, 250), ("imagenet", 1_281_167, 256, 250_000, 100)])
 def test_published_recipes_and_samplers(size, images, batch, steps, sampling_steps):
     """Sec. 3.3, and the released schedule: up over 1 %, and from 85 % on halved six times."""
-    recipe, config = madformer.RECIPES[size], madformer.PRESETS[size]
+    config = madformer.PRESETS[size]
     assert (config.sampler, config.steps) == ("ddim", sampling_steps)
+    recipe = madformer.RECIPES[size]
     assert (recipe.lr, recipe.weight_decay, recipe.ema) == (3e-4, 0.05, 0.9999)
     assert (recipe.batch, recipe.betas, recipe.clip) == (batch, (0.9, 0.95), 1.0)
     assert round(recipe.epochs * images / batch) == steps
-    for percent, factor in ((0, 0), (0.5, 0.5), (1, 1), (85, 1), (90, 0.25), (95, 1 / 16)):
+    factors = {0: 0, 0.5: 0.5, 1: 1, 85: 1, 90: 1 / 4, 95: 1 / 16}
+    for percent, factor in factors.items():
         assert recipe.rate(100 * percent, 10_000) == pytest.approx(factor * recipe.lr)
 
 
 # --- Text -----------------------------------------------------------------------------------------
 
 def test_texts_are_bytes_between_marks():
+    """In lower case and stripped, padded at the end."""
     bos, eos, boi, _ = range(256, 260)
-    expected = [[bos, *b"bag", boi], [bos, *"☃".encode(), boi], [bos, boi, eos, eos, eos]]
-    assert madformer.tokenize([" Bag", "☃", ""]).tolist() == expected
+    assert madformer.tokenize([" Bag", "☃", ""]).tolist() == [
+        [bos, *b"bag", boi],
+        [bos, *"☃".encode(), boi],
+        [bos, boi, eos, eos, eos]]
 
 
 def test_the_text_loss_is_that_of_the_next_tokens():
     """By hand: each token from those before it, text by text, without padding; and EOS from EOI."""
-    model, seen = model_of(), []
-    model.head.register_forward_hook(lambda module, args, out: seen.append(out))
+    model = model_of()
+    head = spied(model.head)
     loss = model(latents_of(model, 3), LABELS)["text"]
     terms = []
-    for row, text in zip(seen[0], SMALL.class_names):
+    for logits, text in zip(head.results[0], SMALL.class_names):
         [tokens] = madformer.tokenize([text])
-        rows = [*range(len(tokens) - 1), -1]
         targets = torch.tensor([*tokens[1:], EOS])
-        terms.append(F.cross_entropy(row[rows], targets, reduction="none"))
-    assert_same(loss, torch.cat(terms).mean(), 1e-5)
+        logits = torch.cat([logits[:len(tokens) - 1], logits[-1:]])
+        terms.append(F.cross_entropy(logits, targets, reduction="none"))
+    close(loss, torch.cat(terms).mean())
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -340,36 +358,38 @@ def test_ddp_is_told_about_parameters_without_gradient(changes):
 
 
 def test_the_loss_is_the_weighted_sum():
-    """Eq. 6."""
+    """Eq. 6: two weights that change places, or a term that is left out, change the sum."""
     model = model_of("text_weight=1.5 image_weight=5 hidden_weight=0.3 clean_weight=0.7")
     out = model(latents_of(model, 2), LABELS[:2])
     expected = 1.5 * out["text"] + 5 * out["image"] + 0.3 * out["hidden"] + 0.7 * out["clean"]
-    assert_same(out["loss"], expected, 1e-6)
+    close(out["loss"], expected, 1e-6)
 
 
-def test_the_loss_draws_what_the_paper_says(monkeypatch):
+def test_the_loss_draws_what_the_paper_says():
     """Steps uniform over 0 .. 999, one for each image and block, and standard normal noise."""
-    model, seen = model_of(), []
-    noised = model.noised
-    monkeypatch.setattr(model, "noised", lambda *args: seen.append(args) or noised(*args))
+    model = model_of()
+    model.noised = Spy(model.noised)
     model(latents_of(model, 300), torch.zeros(300, dtype=torch.long))
-    [(_, eps, t)] = seen
-    counts = torch.histc(t.float(), 4, 0, 1000)
-    assert t.shape == (300, 4) and t.min() >= 0 and (counts > 240).all()
-    assert abs(eps.mean()) < 0.01 and abs(eps.std() - 1) < 0.01
+    [(_, eps, t)] = model.noised.args
+    assert t.shape == (300, 4)
+    assert 0 <= t.min() <= t.max() < 1000
+    assert torch.histc(t.float(), 4, 0, 1000).min() > 240
+    assert abs(eps.mean()) < 0.01
+    assert abs(eps.std() - 1) < 0.01
 
 
 @pytest.mark.parametrize("clean_time", ["zero", "noisy"])
 def test_the_time_of_clean_blocks(clean_time):
     """Zero, or the step of the noisy block: in the downsampler, and in the clean tower's output."""
-    model, seen = model_of(f"clean_time={clean_time} clean_weight=0.1"), []
+    model = model_of(f"clean_time={clean_time} clean_weight=0.1")
+    down = spied(model.down.time)
+    up = spied(model.up.time)
     t = torch.tensor([[5, 300, 7, 999]])
-    for half in (model.down, model.up):
-        half.time.register_forward_hook(lambda module, args, out: seen.append(args[0].tolist()))
     model(latents_of(model, 1), LABELS[:1], t=t)
-    noisy = t[0].tolist()
-    clean = noisy if clean_time == "noisy" else [0] * 4
-    assert seen == [clean + noisy, noisy, noisy, clean]
+    [noisy] = t.tolist()
+    clean = noisy if clean_time == "noisy" else [0, 0, 0, 0]
+    assert [steps.tolist() for steps, in down.args] == [clean + noisy]
+    assert [steps.tolist() for steps, in up.args] == [noisy, noisy, clean]
 
 
 @pytest.mark.parametrize("changes,words", [
@@ -380,73 +400,56 @@ def test_the_time_of_clean_blocks(clean_time):
     ("unet.channels=8,15", "groups"), ("unet.blocks=1", "each level"), ("unet.groups=0", "or more"),
     ("unet.channels=8,20 unet.heads=3", "3 heads"), ("image_size=0", "multiple of 8")])
 def test_impossible_configurations_are_refused(changes, words):
+    """In one line that says what must hold."""
     with pytest.raises(UserError, match=words):
         common.override(SMALL, changes.split())
 
 
 # --- Released files -------------------------------------------------------------------------------
 
-# Our name -> released name, written down once more from the page of the layout.
-TO_RELEASED = r"""
-^boi                                            -> boi_block
-^(down|up)\.                                    -> \1sampler.
-\.time\.first                                   -> .time_embedding.linear_1.weight
-\.time\.second                                  -> .time_embedding.linear_2.weight
-^(down|up)(.*)layers\.resample_(\d)\.           -> \1\2\1_blocks.\3.\1samplers.0.conv.
-^(down|up)(.*)layers\.(\d)_(\d)\.attention\.    -> \1\2\1_blocks.\3.attentions.\4.
-^(down|up)(.*)layers\.(\d)_(\d)\.               -> \1\2\1_blocks.\3.resnets.\4.
-(resnets\.\d\.)time                             -> \1time_emb_proj
-shortcut                                        -> conv_shortcut
-(attentions\.\d\.)norm                          -> \1group_norm
-(attentions\.\d\.)out                           -> \1to_out.0
-(attentions\.\d\.)qkv\.                         -> \1to_
-^layers\.(\d)\.towers\.clean                    -> blocks.\1.0
-^layers\.(\d)\.towers\.noise                    -> blocks.\1.1
-^(blocks\.\d)\.(\d)\.(qkv|q_norm|k_norm|proj)\. -> \1.self_attn.\3_list.\2.
-^(blocks\.\d)\.(\d)\.(gate|up|down)\.           -> \1.mlp_list.\2.\3_proj.
-^(blocks\.\d)\.(\d)\.norm1\.                    -> \1.input_layernorm_list.\2.
-^(blocks\.\d)\.(\d)\.norm2\.                    -> \1.post_attention_layernorm_list.\2.
-"""
+@pytest.fixture
+def released():
+    """A released state dict and the arguments that belong to it."""
+    f = Fixture("madformer")
+    args = argparse.Namespace(diff_depth=f.config["diff_depth"], ar_len=f.config["ar_len"])
+    return f.state(), args
 
 
-def published(**args):
-    """A small model of the published kind, its released state dict, and the file's arguments."""
-    model = MADFormer(dataclasses.replace(
-        Config(), image_size=64, dim=128, mlp=96, depth=3, diffusion_depth=2, ar_length=4,
-        unet=UNetConfig((16, 32), (2, 2), (0, 1), time_dim=16)))
-    args = argparse.Namespace(diff_depth=2, ar_len=4, **args)
-    return model, common.renamed(model.state_dict(), TO_RELEASED), args
-
-
-def test_released_files_load_with_their_ema_weights(tmp_path):
-    model, state, args = published()
-    raw = {name: value + 1 for name, value in state.items()}
-    for content, more in (({"model": raw, "ema": state, "args": args}, {}),
-                          ({"model": state, "args": args}, {}),
-                          (state, {"ar_length": 4, "diffusion_depth": 2})):
-        torch.save(content, tmp_path / "a.pt")
-        loaded = madformer.load_official(tmp_path / "a.pt", **more)
-        assert loaded.config == model.config
-        for ours, theirs in zip(loaded.state_dict().values(), model.state_dict().values()):
-            assert torch.equal(ours, theirs)
+@pytest.mark.parametrize("key", ["ema", "model", None])
+def test_released_files_load_with_their_ema_weights(tmp_path, released, key):
+    """test_parity has their numbers. Without EMA the plain weights are taken."""
+    state, args = released
+    content = {key: state, "args": args}
+    fields = {}
+    if key == "ema":
+        content["model"] = {name: value + 1 for name, value in state.items()}
+    if key is None:
+        content = state
+        fields = {"ar_length": args.ar_len, "diffusion_depth": args.diff_depth}
+    torch.save(content, tmp_path / "a.pt")
+    model = madformer.load_official(tmp_path / "a.pt", **fields)
+    assert model.config.ar_length == args.ar_len
+    assert model.config.diffusion_depth == args.diff_depth
+    assert torch.equal(model.boi, state["boi_block"])
 
 
 @pytest.mark.parametrize("switch", ["clear_clean", "clear_cond", "denoising_mlp"])
-def test_released_switches_are_read(tmp_path, switch):
+def test_released_switches_are_read(tmp_path, released, switch):
     """With clean blocks off the file still has the clean tower."""
-    _, state, args = published(**{switch: True})
+    state, args = released
+    setattr(args, switch, True)
     torch.save({"ema": state, "args": args}, tmp_path / "a.pt")
     field, value = madformer.ARGUMENTS[switch]
     assert getattr(madformer.load_official(tmp_path / "a.pt").config, field) == value
 
 
-def test_files_that_do_not_fit_are_named(tmp_path):
-    _, state, args = published()
-    less = dict(state)
-    del less["blocks.1.mlp_list.1.gate_proj.weight"]
-    for content, words in ((less, "layers.1.towers.noise.gate.weight"),
-                           ({**state, "more": torch.zeros(1)}, "more"),
-                           ({"a": torch.zeros(1)}, "not a MADFormer checkpoint")):
-        torch.save({"ema": content, "args": args}, tmp_path / "a.pt")
-        with pytest.raises(UserError, match=words):
-            madformer.load_official(tmp_path / "a.pt")
+@pytest.mark.parametrize("entry,words", [
+    ("blocks.1.mlp_list.1.gate_proj.weight", "layers.1.towers.noise.gate.weight.*more"),
+    ("boi_block", "not a MADFormer checkpoint")])
+def test_files_that_do_not_fit_are_named(tmp_path, released, entry, words):
+    """By the entry that is missing and the one that is unknown."""
+    state, args = released
+    state["more"] = state.pop(entry)
+    torch.save({"ema": state, "args": args}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=words):
+        madformer.load_official(tmp_path / "a.pt")
