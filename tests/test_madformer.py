@@ -372,6 +372,7 @@ def test_the_loss_draws_what_the_paper_says():
     model(latents_of(model, 300), torch.zeros(300, dtype=torch.long))
     [(_, eps, t)] = model.noised.args
     assert t.shape == (300, 4)
+    assert (t[:, 0] != t[:, 1]).any()
     assert 0 <= t.min() <= t.max() < 1000
     assert torch.histc(t.float(), 4, 0, 1000).min() > 240
     assert abs(eps.mean()) < 0.01
