@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 
+import numpy as np
 import plain
 import pytest
 import torch
@@ -140,10 +141,12 @@ def test_the_order_of_each_sampler(sampler, factor):
     assert errors[1] < min(0.05, factor * errors[0]), errors
 
 
-def test_steps_of_dpm_round_as_in_numpy():
-    """Halves become even, not larger; and torch.linspace would make the second number 500."""
-    ts, _, _ = madformer.schedule("dpm", 30)
-    assert (ts[-5], ts[-15]) == (166, 499)
+def test_steps_of_dpm_are_numpys():
+    """Every number of steps: halves become even, and torch.linspace would make one of 30 be 500."""
+    for n in range(1, 1000):
+        expected = np.linspace(0, 999, n + 1).round().astype(int)[:0:-1].tolist()
+        assert madformer.schedule("dpm", n)[0] == expected, n
+    assert madformer.schedule("dpm", 30)[0][-15] == 499
 
 
 # --- Sampling -------------------------------------------------------------------------------------
