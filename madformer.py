@@ -12,24 +12,22 @@ Shapes   B images, T blocks of n tokens, N layers. Images (B, 3, h, w), latents 
          scaled by the VAE, blocks (B, T, z, p, p), rows (B, m, dim), labels (B,).
 Time     DDPM steps t = 0 .. 999: 0 is almost clean, 999 is noise. x_t = alpha x_0 + sigma eps.
 Where    Training, all blocks at once: Eq. 1 and Eq. 6 in MADFormer.forward, Eq. 2 to Eq. 5 in
-         MADFormer.run_layers. Sampling, block by block: Eq. 1 to Eq. 3 in MADFormer.ar_pass, Eq. 4
+         MADFormer.run_layers. Sampling, block by block: Eq. 1 to Eq. 3 in MADFormer.sample, Eq. 4
          and Eq. 5 in MADFormer.denoise. The attention mask: visibility. The samplers: solve.
 Differs  The paper and its released code differ in much. The fields `target`, `image_weight`,
          `hidden`, `clean_target` and `clean_time` of Config have both; docs/paper_and_code.md lists
          every point.
 """
-import dataclasses
 import functools
-import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 import common
 from common import SD_VAE, TINY_VAE, Recipe, Stage, UserError, VAEConfig
@@ -52,18 +50,11 @@ class UNetConfig:
     time_dim: int = 128                      # width of the time embedding
 
     def __post_init__(self):
-        levels = len(self.channels)
-        sizes = (self.groups, self.heads, self.time_dim, *self.channels, *self.blocks)
-        positive = min(sizes) >= 1
-        attended = [c for c, attention in zip(self.channels, self.attention) if attention]
         common.check(self, {
             "unet.channels, blocks and attention have an entry for each level":
-                len(self.blocks) == len(self.attention) == levels > 0,
-            "the fields of unet are 1 or more": positive,
-            f"unet.channels divide into {self.groups} groups":
-                positive and all(c % self.groups == 0 for c in self.channels),
-            f"unet.channels divide into {self.heads} heads where a level has attention":
-                positive and all(c % max(c // self.heads, 1) == 0 for c in attended)})
+                len(self.channels) == len(self.blocks) == len(self.attention),
+            f"unet.channels divide into {self.groups} groups and {self.heads} heads":
+                not any(c % self.groups or c % self.heads for c in self.channels)})
 
     @property
     def factor(self):
@@ -103,20 +94,19 @@ class Config:
 
     def __post_init__(self):
         most = MAX_STEPS.get(self.sampler, 0)
-        unit = self.vae.factor * self.unet.factor * max(self.across, 1)
+        unit = self.vae.factor * self.unet.factor * self.across
         common.check(
             self,
-            {f"dim is a multiple of {HEAD}": self.dim > 0 and self.dim % HEAD == 0,
+            {f"dim is a multiple of {HEAD}": self.dim % HEAD == 0,
              f"diffusion_depth is 1 to {self.depth}": 1 <= self.diffusion_depth <= self.depth,
-             "ar_length is a square number": self.across**2 == self.ar_length > 0,
-             f"image_size is a multiple of {unit}: {self.across} x {self.across} blocks of whole"
-             " tokens": self.image_size > 0 and self.image_size % unit == 0,
+             "ar_length is a square number": self.across**2 == self.ar_length,
+             f"image_size is a multiple of {unit}: {self.across} blocks of whole tokens a side":
+                 self.image_size % unit == 0,
              f"steps is 1 to {most}": 1 <= self.steps <= most,
              f"vocabulary is {TOKENS} or more": self.vocabulary >= TOKENS,
-             f"class_names has {self.classes} entries": len(self.class_names) in (0, self.classes),
              "the clean-tower loss needs clean blocks, and more than one":
                  self.clean_weight == 0 or self.clean_blocks and self.ar_length > 1},
-            target=("clean", "noise"), hidden=("condition", "sum"), sampler=tuple(MAX_STEPS),
+            target=("clean", "noise"), hidden=("condition", "sum"), sampler=MAX_STEPS,
             clean_target=("next", "same"), clean_time=("noisy", "zero"))
 
     @property
@@ -155,7 +145,7 @@ class Config:
 
     def steps_within(self, nfe):
         """Return the largest number of steps with at most `nfe` evaluations, or raise UserError."""
-        steps = min((nfe - self.ar_depth) // self.diffusion_depth, *MAX_STEPS.values())
+        steps = (nfe - self.ar_depth) // self.diffusion_depth
         if steps < 1:
             raise UserError(f"--nfe {nfe}: one step takes {self.evaluations(1)} layer evaluations")
         return steps
@@ -199,7 +189,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t):                                                # (M,)
         with torch.autocast(t.device.type, enabled=False):
-            return F.linear(F.silu(F.linear(t[:, None].float(), self.first)), self.second)
+            return F.silu(t[:, None] * self.first.flatten()) @ self.second.T
 
 
 class PlaneAttention(nn.Module):
@@ -207,17 +197,19 @@ class PlaneAttention(nn.Module):
 
     def __init__(self, channels, unet):
         super().__init__()
-        self.head = max(channels // unet.heads, 1)
+        self.heads = unet.heads
         self.norm = nn.GroupNorm(unet.groups, channels, eps=1e-6)
         self.qkv = nn.ModuleDict({name: nn.Linear(channels, channels) for name in "qkv"})
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x):                                                # (M, C, p, p)
-        h = self.norm(x).flatten(2).transpose(1, 2)                      # (M, p p, C)
-        qkv = [linear(h).unflatten(2, (-1, self.head)) for linear in self.qkv.values()]
-        h = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in qkv))
+        h = self.norm(x).flatten(2).mT                                   # (M, p p, C)
+        qkv = []
+        for linear in self.qkv.values():
+            qkv.append(linear(h).unflatten(2, (self.heads, -1)).transpose(1, 2))
+        h = F.scaled_dot_product_attention(*qkv)                         # (M, heads, p p, C/heads)
         h = self.out(h.transpose(1, 2).flatten(2))                       # (M, p p, C)
-        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + h.mT.unflatten(2, x.shape[2:])
 
 
 class ResBlock(nn.Module):
@@ -238,68 +230,51 @@ class ResBlock(nn.Module):
         return self.attention(self.shortcut(x) + self.conv2(F.silu(self.norm2(h))))
 
 
-class Downsampler(nn.Module):
-    """Blocks of latents to tokens. The feature maps on the way also go to the upsampler."""
+class UNetHalf(nn.Module):
+    """The downsampler, from blocks of latents to tokens, or the upsampler, its mirror image, which
+    also reads the feature maps of the downsampler: skip_widths are their channels."""
 
-    def __init__(self, config):
+    def __init__(self, unet, c_in, c_out, skip_widths=()):
         super().__init__()
-        unet = config.unet
-        width = unet.channels[0]
+        self.is_up = bool(skip_widths)
+        skips = list(skip_widths)
+        levels = [*zip(unet.channels, unet.blocks, unet.attention)]
+        if self.is_up:
+            levels.reverse()
+        width = levels[0][0]
         self.time = TimeEmbedding(unet.time_dim)
-        self.conv_in = conv3x3(config.vae.channels, width)
+        self.conv_in = conv3x3(c_in, width)
         self.skip_widths = [width]
         self.layers = nn.ModuleDict()
-        for i, channels in enumerate(unet.channels):
+        for i, (channels, blocks, has_attention) in enumerate(levels):
             if i > 0:
-                self.layers[f"resample_{i - 1}"] = conv3x3(width, width, stride=2)
+                stride = 1 if self.is_up else 2
+                self.layers[f"resample_{i - 1}"] = conv3x3(width, width, stride=stride)
                 self.skip_widths.append(width)
-            for j in range(unet.blocks[i]):
-                self.layers[f"{i}_{j}"] = ResBlock(width, channels, unet, unet.attention[i])
-                self.skip_widths.append(channels)
+            for j in range(blocks + 1 if self.is_up else blocks):
+                c_block = width + skips.pop() if self.is_up else width
+                self.layers[f"{i}_{j}"] = ResBlock(c_block, channels, unet, has_attention)
                 width = channels
-        self.conv_out = conv3x3(width, config.dim)
+                self.skip_widths.append(width)
+        self.conv_out = conv3x3(width, c_out)
 
-    def forward(self, x, e):                                             # (M, z, p, p), (M or 1, E)
-        """Return tokens (M, n, dim) in float32 and the feature maps. e: self.time of the steps."""
-        x = self.conv_in(x)
-        skips = [x]
-        for layer in self.layers.values():
-            x = layer(x, e) if isinstance(layer, ResBlock) else layer(x)
-            skips.append(x)
-        return self.conv_out(x).float().flatten(2).transpose(1, 2), skips
-
-
-class Upsampler(nn.Module):
-    """Tokens to blocks of latents, the mirror image of the downsampler."""
-
-    def __init__(self, config, skip_widths):
-        super().__init__()
-        unet = config.unet
-        skip_widths = list(skip_widths)
-        width = unet.channels[-1]
-        self.side = config.block // unet.factor
-        self.time = TimeEmbedding(unet.time_dim)
-        self.conv_in = conv3x3(config.dim, width)
-        self.layers = nn.ModuleDict()
-        for i, channels in enumerate(reversed(unet.channels)):
-            if i > 0:
-                self.layers[f"resample_{i - 1}"] = conv3x3(width, width)
-            for j in range(unet.blocks[-1 - i] + 1):
-                c_in = width + skip_widths.pop()
-                self.layers[f"{i}_{j}"] = ResBlock(c_in, channels, unet, unet.attention[-1 - i])
-                width = channels
-        self.conv_out = conv3x3(width, config.vae.channels)
-
-    def forward(self, x, e, skips):                                      # (M, n, dim), (M or 1, E)
-        """Return blocks (M, z, p, p) in float32. e: self.time of the steps."""
+    def forward(self, x, t, skips=()):
+        """Return tokens (M, n, dim) for blocks x (M, z, p, p) at steps t (M or 1,), and the feature
+        maps on the way; or blocks for tokens x and these maps. Tokens and blocks are float32."""
         skips = list(skips)
-        x = self.conv_in(x.transpose(1, 2).unflatten(2, (self.side, self.side)))
+        e = self.time(t)                                                 # (M or 1, E)
+        if self.is_up:
+            x = x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1))
+        x = self.conv_in(x)
+        maps = [x]
         for layer in self.layers.values():
             if isinstance(layer, ResBlock):
-                x = layer(torch.cat([x, skips.pop()], 1), e)
+                x = layer(torch.cat([x, skips.pop()], 1) if self.is_up else x, e)
             else:
-                x = layer(F.interpolate(x, scale_factor=2.0))
-        return self.conv_out(x).float()
+                x = layer(F.interpolate(x, scale_factor=2.0) if self.is_up else x)
+            maps.append(x)
+        x = self.conv_out(x).float()
+        return x if self.is_up else (x.flatten(2).mT, maps)
 
 
 # --- The transformer ------------------------------------------------------------------------------
@@ -314,12 +289,12 @@ def rotary_grid(rows, columns, side):
 
 
 def rotate(x, rotary):
-    """Mix channel i of x (B, heads, m, 64), by its row's angle, with i + 32, by its column's.
+    """Mix channel i of x (..., m, 64), by its row's angle, with i + 32, by its column's.
 
     As released: this is a rotation only where row and column are equal.
     """
     cos, sin = rotary
-    a, b = x.chunk(2, dim=-1)
+    a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
@@ -341,7 +316,7 @@ class Tower(nn.Module):
 
     def project_qkv(self, x):
         """Return queries, keys and values (B, heads, m, 64) of rows x (B, m, dim)."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, -1, HEAD)).transpose(1, 3).unbind(2)
         return self.q_norm(q.float()), self.k_norm(k.float()), v
 
     def project_and_mlp(self, x, mixed):
@@ -361,10 +336,9 @@ class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
         exists = {"text": config.text, "clean": config.clean_blocks, "noise": True}
-        names = [name for name in exists if exists[name]]
-        self.towers = nn.ModuleDict({name: Tower(config) for name in names})
+        self.towers = nn.ModuleDict({name: Tower(config) for name in exists if exists[name]})
         if config.shared:
-            self.towers.update({name: self.towers["noise"] for name in names})
+            self.towers.update({name: self.towers["noise"] for name in self.towers})
 
     def forward(self, rows, rotary, attend):
         """Return the layer's output like `rows`: name of a tower -> (B, m, dim).
@@ -374,12 +348,11 @@ class Layer(nn.Module):
         """
         parts = [self.towers[name].project_qkv(x) for name, x in rows.items()]
         q, k, v = (torch.cat(part, 2) for part in zip(*parts))
-        q = rotate(q, rotary).to(v.dtype)
-        k = rotate(k, rotary).to(v.dtype)
+        q, k = rotate(torch.stack([q, k]), rotary).to(v.dtype)
         mixed = attend(q, k, v).split([x.shape[1] for x in rows.values()], 2)
         output = {}
-        for (name, x), part in zip(rows.items(), mixed):
-            output[name] = self.towers[name].project_and_mlp(x, part)
+        for name, part in zip(rows, mixed):
+            output[name] = self.towers[name].project_and_mlp(rows[name], part)
         return output
 
 
@@ -409,11 +382,10 @@ def visibility(layout, text, isolated):
     return mask
 
 
-def dense_mask(layout, text, isolated=False):
-    """Return `visibility` as a tensor (B or 1, 1, m, m)."""
-    b = torch.arange(len(text), device=text.device)[:, None, None, None]
-    i = torch.arange(layout.shape[1], device=text.device)
-    return visibility(layout, text, isolated)(b, None, i[:, None], i)
+def attention_mask(layout, text, isolated=False, create=create_mask):
+    """Return `visibility` as a tensor (B or 1, 1, m, m), or as FlexAttention's block mask."""
+    m = layout.shape[1]
+    return create(visibility(layout, text, isolated), len(text), 1, m, m, text.device)
 
 
 @functools.cache
@@ -424,15 +396,11 @@ def compiled_flex_attention():
 
 def masked_attention(layout, text, isolated, flex):
     """Return attend(q, k, v) under `visibility`, by FlexAttention or with a dense mask."""
-    if not flex:
-        mask = dense_mask(layout, text, isolated)
-        return functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
-    m = layout.shape[1]
-    mask = visibility(layout, text, isolated)
-    block_mask = create_block_mask(mask, len(text), None, m, m, text.device)
-    alone = not torch.compiler.is_compiling()  # else it is compiled with the model
-    attend = compiled_flex_attention() if alone else flex_attention
-    return functools.partial(attend, block_mask=block_mask)
+    if flex:
+        mask = attention_mask(layout, text, isolated, create_block_mask)
+        return functools.partial(compiled_flex_attention(), block_mask=mask)
+    mask = attention_mask(layout, text, isolated)
+    return functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
 
 
 class Span(NamedTuple):
@@ -440,7 +408,7 @@ class Span(NamedTuple):
     caches: list               # keys and values (B, heads, slots, 64) of each layer that looks back
     slots: torch.Tensor        # (m,) where their own keys and values are stored
     end: int                   # they attend to the slots before this one
-    mask: torch.Tensor | None  # (B or 1, 1, m, end) bool: to which of them; None: all
+    mask: torch.Tensor         # (B or 1, 1, m, end) bool: to which of them; None: to all
     rotary: torch.Tensor       # (2, m, 64)
 
 
@@ -449,9 +417,8 @@ def cached_attention(cache, span, q, k, v):
     keys, values = cache
     keys.index_copy_(2, span.slots, k)
     values.index_copy_(2, span.slots, v)
-    k = keys[:, :, :span.end]
-    v = values[:, :, :span.end]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=span.mask)
+    return F.scaled_dot_product_attention(
+        q, keys[:, :, :span.end], values[:, :, :span.end], span.mask)
 
 
 # --- Samplers -------------------------------------------------------------------------------------
@@ -461,7 +428,6 @@ def alphas_bar():
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
 
 
-@functools.cache
 def schedule(sampler, steps):
     """Return the steps t, from noise to image, and alpha and sigma there and at the end, as lists.
 
@@ -483,11 +449,11 @@ def solve(network, x, sampler, steps, target):
     the target at step i.
     """
     _, alpha, sigma = schedule(sampler, steps)
-    half_log_snr = [math.log(a / s) if s > 0 else math.inf for a, s in zip(alpha, sigma)]
+    half_log_snr = [math.log(a / s) for a, s in zip(alpha[:-1], sigma)]
     x_0 = None
     for i in range(steps):
         previous = x_0
-        out = network(x, i).float()
+        out = network(x, i)
         x_0 = out if target == "clean" else (x - sigma[i] * out) / alpha[i]
         middle = x_0
         if sampler == "dpm" and 0 < i < steps - 1:  # second order
@@ -507,17 +473,16 @@ class MADFormer(nn.Module):
         super().__init__()
         self.config = config
         c = config
-        self.down = Downsampler(c)
-        self.up = Upsampler(c, self.down.skip_widths)
+        self.down = UNetHalf(c.unet, c.vae.channels, c.dim)
+        self.up = UNetHalf(c.unet, c.dim, c.vae.channels, self.down.skip_widths)
         self.boi = nn.Parameter(torch.randn(1, c.tokens, c.dim))         # before the first block
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.depth))
         if c.text:
             self.embed = nn.Embedding(c.vocabulary, c.dim)
             self.head = nn.Linear(c.dim, c.vocabulary, bias=False)  # without a norm before it
             self.register_buffer("names", tokenize(conditions(c)), persistent=False)
-        side = torch.arange(c.side)
-        grid = torch.stack(torch.meshgrid(side, side, indexing="ij"))    # (2, side, side)
-        grid = self.cut(grid[None])[0].transpose(0, 1).flatten(1)        # (2, T n)
+        grid = self.cut(torch.tensor(np.indices((c.side, c.side))[None]))  # rows and columns
+        grid = grid.movedim(2, 0).flatten(1)                             # (2, T n)
         place = torch.arange(grid.shape[1]) // c.tokens
         image = torch.cat([place[None], grid])                           # (3, T n)
         self.register_buffer("image", image, persistent=False)
@@ -542,25 +507,28 @@ class MADFormer(nn.Module):
 
     def cut(self, latents):
         """Cut latents (B, z, h', w') into square blocks (B, T, z, p, p) in raster order."""
-        across = self.config.across
-        blocks = latents.unflatten(3, (across, -1)).unflatten(2, (across, -1))
-        return blocks.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+        p = latents.shape[2] // self.config.across
+        return latents.unfold(2, p, p).unfold(3, p, p).movedim(1, 3).flatten(1, 2)
 
     def join(self, blocks):
         """Join blocks (B, T, z, p, p) to latents (B, z, h', w'): the inverse of cut."""
-        across = self.config.across
-        latents = blocks.unflatten(1, (across, across)).permute(0, 3, 1, 4, 2, 5)
-        return latents.flatten(4, 5).flatten(2, 3)
+        rows = blocks.split(self.config.across, 1)
+        return torch.cat([torch.cat(row.unbind(1), 3) for row in rows], 2)
 
     def noised(self, x, eps, t):
         """Return x_t for blocks x (B, T, z, p, p) and steps t (B, T), Sec. 2.2."""
         abar = self.alphas_bar[t][..., None, None, None]
         return abar.sqrt() * x + (1 - abar).sqrt() * eps
 
+    def downsample(self, blocks, t):
+        """Return rows (B, T n, dim) and feature maps for blocks (B, T, z, p, p), steps t (B, T)."""
+        tokens, skips = self.down(blocks.flatten(0, 1), t.flatten())
+        return tokens.unflatten(0, t.shape).flatten(1, 2), skips
+
     def upsample(self, rows, t, skips):
         """Return blocks (B, T, z, p, p) for rows (B, T n, dim) and steps t (B, T)."""
         tokens = rows.unflatten(1, (t.shape[1], -1)).flatten(0, 1)
-        return self.up(tokens, self.up.time(t.flatten()), skips).unflatten(0, t.shape)
+        return self.up(tokens, t.flatten(), skips).unflatten(0, t.shape)
 
     def image_layout(self, kind):
         """Return the layout (4, T n) of the rows of all blocks, of kind CLEAN or NOISE."""
@@ -586,7 +554,7 @@ class MADFormer(nn.Module):
         condition (B, m, dim).
         """
         c = self.config
-        rotary = rotary_grid(layout[2], layout[3], c.side)
+        rotary = rotary_grid(*layout[2:], c.side)
         attend = masked_attention(layout, text, isolated=False, flex=z.is_cuda)
         for i, layer in enumerate(self.layers):
             if i == c.ar_depth:
@@ -604,28 +572,24 @@ class MADFormer(nn.Module):
         """
         c = self.config
         x = self.cut(latents)                                            # (B, T, z, p, p)
-        B, T = x.shape[:2]
-        t = torch.randint(1000, (B, T), device=x.device) if t is None else t
+        if t is None:
+            t = torch.randint(1000, x.shape[:2], device=x.device)
         eps = torch.randn_like(x) if eps is None else eps
-        clean_t = t if c.clean_time == "noisy" else torch.zeros_like(t)
-        both = torch.cat([x, self.noised(x, eps, t)])                    # (2 B, T, z, p, p)
-        e = self.down.time(torch.cat([clean_t, t]).flatten())
-        tokens, skips = self.down(both.flatten(0, 1), e)
-        clean, z = tokens.unflatten(0, (2, B, T)).flatten(2, 3)          # (B, T n, dim) each
-        clean_skips, noisy_skips = zip(*(skip.chunk(2) for skip in skips))
+        clean_t = t if c.clean_time == "noisy" else 0 * t
+        clean, clean_skips = self.downsample(x, clean_t)                 # (B, T n, dim)
+        z, noisy_skips = self.downsample(self.noised(x, eps, t), t)
 
         rows = {}
-        layouts = []
         text = labels[None, :0]                                          # (1, 0): no text
         if c.text:
             text = F.pad(self.names[labels], (0, 1), value=EOI)          # (B, L + 1)
             rows["text"] = self.embed(text)
-            layouts.append(self.text_layout(text))
+        layouts = [self.text_layout(text)]
         if c.clean_blocks:
             rows["clean"] = clean
             layouts.append(self.image_layout(CLEAN))
-        previous = [self.boi.expand(B, -1, -1), clean[:, :-c.tokens]]
-        rows["noise"] = torch.cat(previous, 1)                           # Eq. 1
+        rows["noise"] = torch.cat(                                       # Eq. 1
+            [self.boi.expand(len(x), -1, -1), clean[:, :-c.tokens]], 1)
         layouts.append(self.image_layout(NOISE))
         rows, condition = self.run_layers(rows, torch.cat(layouts, 1), text, z)
 
@@ -634,16 +598,16 @@ class MADFormer(nn.Module):
         loss = c.image_weight * terms["image"]                           # Eq. 6, term by term
         if c.text:
             terms["text"] = self.text_loss(rows["text"], text)
-            loss = loss + c.text_weight * terms["text"]
+            loss += c.text_weight * terms["text"]
         if c.condition and c.hidden_weight:
             # As released, the upsampler gets the feature maps of the very block that is the target.
             hidden = condition if c.hidden == "condition" else condition + z
             terms["hidden"] = F.mse_loss(self.upsample(hidden, t, clean_skips), x)
-            loss = loss + c.hidden_weight * terms["hidden"]
+            loss += c.hidden_weight * terms["hidden"]
         if c.clean_weight:
             output = self.upsample(rows["clean"], clean_t, clean_skips)[:, :-1]
             terms["clean"] = F.mse_loss(output, x[:, 1:] if c.clean_target == "next" else x[:, :-1])
-            loss = loss + c.clean_weight * terms["clean"]
+            loss += c.clean_weight * terms["clean"]
         return {"loss": loss, **terms}
 
     def text_loss(self, rows, text):
@@ -654,37 +618,41 @@ class MADFormer(nn.Module):
         targets = text[:, 1:]
         targets = targets.masked_fill((targets == EOS) | (targets == EOI), -100)  # not predicted
         targets = F.pad(targets, (0, 1), value=EOS)
-        return F.cross_entropy(self.head(rows).float().flatten(0, 1), targets.flatten())
+        return F.cross_entropy(self.head(rows).float().mT, targets)
 
     @torch.no_grad()
-    def sample(self, labels, noise, *, steps=None, sampler=None, prompt=None, on_step=None):
+    def sample(self, labels, noise, *, prompt=None, on_step=None, **options):
         """Return scaled latents (B, z, h', w') for labels (B,), generated block by block.
 
         Text and clean blocks run once and a noisy block at each step: thanks to the cache that is
-        the same as running all rows so far at each step. Arguments left as None default to the
-        config. With `prompt`, a list of texts, labels are its indices. on_step(j, i, latents) is
-        called after step i of block j; later blocks are zero. Raise UserError for a bad option.
+        the same as running all rows so far at each step. With `prompt`, a list of texts, labels are
+        its indices. on_step(j, i, latents) is called after step i of block j; later blocks are
+        zero. options: steps and sampler, in place of the config's. Raise UserError for a bad one.
         """
-        c = common.with_options(self.config, steps=steps, sampler=sampler)
+        c = common.with_options(self.config, **options)
         spans = self.prefill_text(labels, prompt)
         ts = labels.new_tensor(schedule(c.sampler, c.steps)[0])
-        times = torch.stack([self.down.time(ts), self.up.time(ts)])[:, :, None]  # (2, steps, 1, E)
-        clean = times[0, -1] if c.clean_time == "noisy" else self.down.time(0 * ts[:1])  # (1, E)
+        clean_t = ts[-1:] if c.clean_time == "noisy" else 0 * ts[-1:]
         tokens = self.boi.expand(len(labels), -1, -1)                    # (B, n, dim)
         shape = (c.vae.channels, c.block, c.block)
         blocks = self.boi.new_zeros(len(labels), c.ar_length, *shape)
         for j, span in enumerate(spans):
-            condition = self.ar_pass(tokens, j, spans)
+            if j > 0 and c.clean_blocks:
+                self.run_cached("clean", tokens, range(len(span.caches)), spans[j - 1])
+            # The noise rows of a block take the slots that its clean rows get later.
+            condition = torch.zeros_like(tokens)
+            if c.condition:                                              # Eq. 1, Eq. 2, Eq. 3
+                condition = self.run_cached("noise", tokens, range(c.ar_depth), span)
 
             def network(x, i):
-                return self.denoise(x, times[:, i], condition, span)
+                return self.denoise(x, ts[i:i + 1], condition, span)
 
             estimates = solve(network, noise.normal(shape), c.sampler, c.steps, c.target)
             for i, x_0 in enumerate(estimates):
                 blocks[:, j] = x_0
                 if on_step:
                     on_step(j, i, self.join(blocks))
-            tokens, _ = self.down(x_0, clean)
+            tokens, _ = self.down(x_0, clean_t)
         return self.join(blocks)
 
     def prefill_text(self, labels, prompt=None):
@@ -694,8 +662,8 @@ class MADFormer(nn.Module):
         if c.text:
             text = tokenize(conditions(c, prompt)).to(labels.device)[labels]  # (B, L)
         layout = torch.cat([self.text_layout(text), self.image_layout(CLEAN)], 1)
-        rotary = rotary_grid(layout[2], layout[3], c.side)
-        mask = dense_mask(layout, text)
+        rotary = rotary_grid(*layout[2:], c.side)
+        mask = attention_mask(layout, text)
         slots = torch.arange(layout.shape[1], device=labels.device)
         shape = (len(labels), c.dim // HEAD, len(slots), HEAD)
         dtype = (self.boi @ self.boi.mT).dtype  # of any product: bfloat16 under autocast
@@ -703,8 +671,9 @@ class MADFormer(nn.Module):
         memory = self.memory or common.KeyValueCache()
         caches = memory.allocate(depth, shape, dtype, labels.device)
         spans = []
-        sizes = [text.shape[1]] + [c.tokens] * c.ar_length
-        for own, end in zip(slots.split(sizes), itertools.accumulate(sizes)):
+        ends = range(text.shape[1], len(slots) + 1, c.tokens)
+        for start, end in zip([0, *ends], ends):
+            own = slots[start:end]
             seen = mask[..., own, :end] if c.text else None  # without text: all that came before
             spans.append(Span(caches, own, end, seen, rotary[:, own]))
         if c.text:
@@ -720,36 +689,20 @@ class MADFormer(nn.Module):
             rows = self.layers[i]({name: rows}, span.rotary, attend)[name]
         return rows
 
-    def ar_pass(self, tokens, j, spans):
-        """Return the condition (B, n, dim) of block j, and cache the clean rows of block j - 1.
-
-        tokens (B, n, dim): the clean block j - 1, or BOI. The noise rows of block j take the slots
-        that its clean rows get later.
-        """
+    def denoise(self, x, t, condition, span):
+        """Return the network's output for the noisy block x (B, z, p, p) at step t (1,)."""
         c = self.config
-        if j > 0 and c.clean_blocks:
-            self.run_cached("clean", tokens, range(len(spans[0].caches)), spans[j - 1])
-        if not c.condition:
-            return torch.zeros_like(tokens)
-        return self.run_cached("noise", tokens, range(c.ar_depth), spans[j])  # Eq. 1, Eq. 2, Eq. 3
-
-    def denoise(self, x, times, condition, span):
-        """Return the network's output for the noisy block x (B, z, p, p) under its condition.
-
-        times (2, 1, E): the embeddings of the step for the downsampler and the upsampler.
-        """
-        c = self.config
-        z, skips = self.down(x, times[0])
+        z, skips = self.down(x, t)
         rows = condition + z                                             # Eq. 4
         rows = self.run_cached("noise", rows, range(c.ar_depth, c.depth), span)  # Eq. 5
-        return self.up(rows, times[1], skips)
+        return self.up(rows, t, skips)
 
 
 # --- Sampler options, stages and recipes ----------------------------------------------------------
 
 OPTIONS = {
     "steps": dict(type=int, help="denoising steps of each block"),
-    "sampler": dict(choices=tuple(MAX_STEPS), help="DDIM or DPM-Solver++ (2M)"),
+    "sampler": dict(choices=MAX_STEPS, help="DDIM or DPM-Solver++ (2M)"),
     "nfe": dict(type=int, help="as many steps as fit this number of layer evaluations per block"),
     "prompt": dict(nargs="+", metavar="TEXT", help="texts instead of the names of classes")}
 
@@ -766,31 +719,30 @@ def conditions(config, prompt=None, **options):
     return list(prompt or config.class_names or [""] * config.classes)
 
 
-@torch.no_grad()
-def generate(model, vae, labels, noise, *, on_step=None, steps=None, sampler=None, nfe=None,
-             prompt=None):
+def generate(model, vae, labels, noise, *, on_step=None, nfe=None, **options):
     """Return images (B, 3, h, w) in -1 .. 1, and the steps and layer evaluations per block (B,).
 
     nfe: as many steps as fit this number of evaluations, instead of `steps`. on_step(images) is
-    called about 24 times with the blocks so far and grey for later ones. See MADFormer.sample.
+    called about 24 times, at least once a block, with the blocks so far and grey for later ones.
+    See MADFormer.sample.
     """
+    c = model.config
     if nfe is not None:
-        if steps is not None:
+        if "steps" in options:
             raise UserError("--nfe and --steps: give one of them")
-        steps = model.config.steps_within(nfe)
-    c = common.with_options(model.config, steps=steps, sampler=sampler)
-    every = max(c.ar_length * c.steps // 24, 1)
+        options["steps"] = c.steps_within(nfe)
+    steps = options.get("steps", c.steps)
+    every = 1 + c.ar_length * steps // 24
 
     def show(j, i, latents):
-        if (c.steps - 1 - i) % every == 0:  # always after the last step of a block
+        if (steps - 1 - i) % every == 0:  # always after the last step of a block
             blocks = model.cut(vae.decode(latents).clamp(-1, 1))
             blocks[:, j + 1:] = 0
             on_step(model.join(blocks))
 
-    latents = model.sample(labels, noise, steps=c.steps, sampler=sampler, prompt=prompt,
-                           on_step=show if on_step else None)
-    facts = {"steps": torch.full_like(labels, c.steps),
-             "nfe_per_block": torch.full_like(labels, c.evaluations(c.steps))}
+    latents = model.sample(labels, noise, on_step=show if on_step else None, **options)
+    facts = {"steps": torch.full_like(labels, steps),
+             "nfe_per_block": torch.full_like(labels, c.evaluations(steps))}
     return vae.decode(latents).clamp(-1, 1), facts
 
 
@@ -818,9 +770,9 @@ IMAGENET = 1_281_167
 WSD = Recipe(lr=3e-4, batch=64, epochs=210_000 * 64 / FFHQ, warmup=0.01, decay=0.15, final=1 / 64,
              exponential=True, weight_decay=0.05, clip=1.0)  # warm-up, stable, decay
 RECIPES = {
-    "tiny": dataclasses.replace(WSD, lr=3e-3, batch=32, epochs=2, decay=0.4, ema=0.998),
+    "tiny": replace(WSD, lr=3e-3, batch=32, epochs=2, decay=0.4, ema=0.998),
     "ffhq": WSD,
-    "imagenet": dataclasses.replace(WSD, batch=256, epochs=250_000 * 256 / IMAGENET)}
+    "imagenet": replace(WSD, batch=256, epochs=250_000 * 256 / IMAGENET)}
 STAGES = [common.vae_stage(vae_views),
           Stage("madformer", MADFormer, RECIPES, model_views, first_stage="vae")]
 
@@ -850,9 +802,7 @@ post_attention_layernorm                            -> norm2
 ^(layers\.\d+)\.0\.                                 -> \1.towers.clean.
 ^(layers\.\d+)\.1\.                                 -> \1.towers.noise.
 """
-ARGUMENTS = {  # argument in a file -> field, and its value if the argument is set (None: the same)
-    "diff_depth": ("diffusion_depth", None),
-    "ar_len": ("ar_length", None),
+ARGUMENTS = {  # argument in a file -> field, and its value if the argument is set
     "clear_clean": ("clean_blocks", False),
     "clear_cond": ("condition", False),
     "denoising_mlp": ("mlp_denoising", True)}
@@ -867,12 +817,11 @@ def load_official(path, **overrides):
     """
     content = common.read_checkpoint(path)
     with common.untrusted(path, "not a MADFormer checkpoint"):
-        args = content.get("args") or {}
-        args = args if isinstance(args, dict) else vars(args)
-        fields = {}
+        args = content["args"]
+        fields = {"diffusion_depth": args.diff_depth, "ar_length": args.ar_len}
         for name, (field, value) in ARGUMENTS.items():
-            if args.get(name):
-                fields[field] = args[name] if value is None else value
+            if getattr(args, name, False):
+                fields[field] = value
         state = common.unwrap(content, "ema", "model")
         return from_released(state, path, **{**fields, **overrides})
 
@@ -881,19 +830,17 @@ def from_released(state, path="the checkpoint", *, unet=None, **fields):
     """Return the model of a released state dict (see load_official)."""
     state = common.renamed(state, RELEASED)
     levels = common.numbered(state, r"down\.layers\.(\d+)_")
-    shapes = {
-        "channels": tuple(len(state[f"down.layers.{i}_0.conv1.weight"]) for i in levels),
-        "blocks": tuple(len(common.numbered(state, rf"down\.layers\.{i}_(\d+)")) for i in levels),
-        "attention": tuple(int(f"down.layers.{i}_0.attention.qkv.q.bias" in state) for i in levels),
-        "time_dim": len(state["down.time.first"])}
-    unet = UNetConfig(**{**shapes, **(unet or {})})
+    unet = UNetConfig(
+        channels=tuple(len(state[f"down.layers.{i}_0.conv1.weight"]) for i in levels),
+        blocks=tuple(len(common.numbered(state, rf"down\.layers\.{i}_(\d+)")) for i in levels),
+        attention=tuple(f"down.layers.{i}_0.attention.qkv.q.bias" in state for i in levels),
+        time_dim=len(state["down.time.first"]), **(unet or {}))
     _, tokens, dim = state["boi"].shape
-    vae = dataclasses.replace(SD_VAE, channels=state["down.conv_in.weight"].shape[1])
-    side = math.isqrt(fields.get("ar_length", Config.ar_length) * tokens)  # tokens per image side
-    shapes = dict(dim=dim, mlp=len(state["layers.0.towers.noise.gate.weight"]),
-                  depth=len(common.numbered(state, r"layers\.(\d+)\.")),
-                  image_size=side * unet.factor * vae.factor)
-    config = Config(**{**shapes, **fields}, unet=unet, vae=vae)
+    vae = replace(SD_VAE, channels=state["down.conv_in.weight"].shape[1])
+    side = math.isqrt(fields["ar_length"] * tokens)  # tokens per image side
+    config = Config(dim=dim, mlp=len(state["layers.0.towers.noise.gate.weight"]),
+                    depth=len(common.numbered(state, r"layers\.(\d+)\.")),
+                    image_size=side * unet.factor * vae.factor, unet=unet, vae=vae, **fields)
     if not config.clean_blocks:  # the files have the clean tower even where it is off
         state = {name: tensor for name, tensor in state.items() if ".towers.clean." not in name}
     model = MADFormer(config)
@@ -907,14 +854,12 @@ def main():
     for name, c in PRESETS.items():
         with torch.device("meta"):
             count = sum(p.numel() for p in MADFormer(c).parameters())
-        shape = (c.depth, c.diffusion_depth, c.dim, c.mlp, c.ar_length, c.tokens)
-        columns = "".join(f"{value:6d}" for value in shape)
-        print(f"{name:10s}{columns} {count:15,d}  {PUBLISHED.get(name, '-'):>9s}")
-    c = dataclasses.replace(PRESETS["tiny"], class_names=tuple(common.SHAPES))
-    latents = torch.randn(2, c.vae.channels, c.latent_size, c.latent_size)
-    print(f"\nlatents {tuple(latents.shape)} and labels (2,) through MADFormer.forward")
-    loss = common.walk(MADFormer(c), latents, torch.tensor([0, 1]), depth=3)
-    print("  loss:", {name: round(value.item(), 3) for name, value in loss.items()})
+        print(f"{name:10s}{c.depth:6d}{c.diffusion_depth:6d}{c.dim:6d}{c.mlp:6d}{c.ar_length:6d}"
+              f"{c.tokens:6d} {count:15,d}  {PUBLISHED.get(name, '-'):>9s}")
+    print("\nTiny: latents (2, 16, 8, 8) and labels (2,) through MADFormer.forward")
+    model = MADFormer(PRESETS["tiny"])
+    loss = common.walk(model, torch.randn(2, 16, 8, 8), torch.arange(2))["loss"]
+    print(f"  loss {loss.item():.3f}")
 
 
 if __name__ == "__main__":

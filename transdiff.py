@@ -19,9 +19,9 @@ Where     Eq. 4, 5, 8, the loss: TransDiff.forward    Eq. 9, 11, the input: ARTr
 Differs   Where the paper is silent or its released code differs, a Config field selects one:
           `times`, `feed`. docs/paper_and_code.md lists all points.
 """
-import dataclasses
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -62,20 +62,18 @@ class Config:
     vae: VAEConfig = VAEConfig()
 
     def __post_init__(self):
-        rules = {
-            "images, features, heads and steps must be 1 or more":
-                min(self.images, self.features, self.heads, self.steps) > 0,
-            f"image_size must be divisible by {self.vae.factor}":
-                self.image_size % self.vae.factor == 0,
-            "dim must be divisible by heads": self.dim % max(self.heads, 1) == 0,
-            "cfg, drift_scale and noise_scale must be finite":
-                math.isfinite(self.cfg + self.drift_scale + self.noise_scale)}
-        if self.mrar:
-            side = math.isqrt(self.features_per_image)
-            rules["the features of an image must be a square grid that divides the latent"] = (
-                self.features == self.images * side**2 and self.latent_size % side == 0)
-        common.check(self, rules, times=("logit-normal", "uniform"), feed=("latents", "features"),
-                     solver=("maruyama", "euler"))
+        side = math.isqrt(self.features_per_image)
+        common.check(
+            self,
+            {"steps must be 1 or more": self.steps > 0,
+             f"image_size must be divisible by {self.vae.factor}":
+                 self.image_size % self.vae.factor == 0,
+             "dim must be divisible by heads": self.dim % self.heads == 0,
+             "the features of an image must be a square grid that divides the latent":
+                 not self.mrar
+                 or self.features == self.images * side**2 and self.latent_size % side == 0},
+            times=("logit-normal", "uniform"), feed=("latents", "features"),
+            solver=("maruyama", "euler"))
 
     @property
     def latent_size(self):
@@ -98,33 +96,47 @@ class Config:
         return self.latent_size // math.isqrt(self.features_per_image) if self.mrar else 1
 
 
-BASE = Config()
+LARGE = Config(dim=1024, heads=16, ar_depth=32, depth=16, drift_scale=0.89, noise_scale=0.95)
 PRESETS = {
     "tiny": Config(image_size=32, classes=10, dim=128, heads=4, ar_depth=2, depth=4,
                    class_tokens=16, features=64, repeat=2, dropout=0.0, mirror=False, vae=TINY_VAE,
                    cfg=2.0, steps=25, drift_scale=1.0, noise_scale=1.0),
-    "b": BASE,
-    "l": dataclasses.replace(BASE, dim=1024, heads=16, ar_depth=32, depth=16, drift_scale=0.89,
-                             noise_scale=0.95),
-    "h": dataclasses.replace(BASE, dim=1280, heads=16, ar_depth=40, depth=20, cfg=1.23,
-                             noise_scale=0.93),
-    "l-512": dataclasses.replace(BASE, dim=1024, heads=16, ar_depth=32, depth=16, image_size=512,
-                                 only_decoder=True, noise_scale=0.87)}
+    "b": Config(),
+    "l": LARGE,
+    "h": Config(dim=1280, heads=16, ar_depth=40, depth=20, cfg=1.23, noise_scale=0.93),
+    "l-512": replace(LARGE, image_size=512, only_decoder=True, drift_scale=0.87, noise_scale=0.87)}
 PUBLISHED = {"b": "290M", "l": "683M", "h": "1.3B", "l-512": "683M"}
-MRAR_SAMPLING = {  # width -> published sampler settings of MRAR
-    768: dict(cfg=1.3, drift_scale=0.87, noise_scale=0.91),
-    1024: dict(cfg=1.3, drift_scale=0.925, noise_scale=0.95),
-    1280: dict(cfg=1.28, drift_scale=0.87, noise_scale=0.91)}
+MRAR_SAMPLING = {  # width -> the sampler settings of published MRAR models that differ
+    1024: dict(drift_scale=0.925),
+    1280: dict(cfg=1.28, noise_scale=0.91)}
 
 
 # --- Layers ---------------------------------------------------------------------------------------
 
-class MLP(nn.Sequential):
-    """D -> 4D -> D with exact GELU."""
+LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
-    def __init__(self, dim, dropout):
-        super().__init__(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout),
+
+def table(rows, dim):
+    """Return learned vectors (1, rows, dim), which TransDiff.initialise fills."""
+    return nn.Parameter(torch.empty(1, rows, dim))
+
+
+def mlp(dim, dropout):
+    """Return D -> 4D -> D with exact GELU."""
+    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout),
                          nn.Linear(4 * dim, dim), nn.Dropout(dropout))
+
+
+def split_heads(x, heads):
+    """Return x (..., n, D) as (..., heads, n, D/heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def attend(q, k, v, dropout):
+    """Return the attention (B, n, D) of q, k and v (B, heads, n, D/heads)."""
+    dropout_p = dropout.p if dropout.training else 0.0
+    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+    return x.transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
@@ -142,19 +154,16 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, ends):                                     # (B, n, D)
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        dropout_p = self.dropout.p if self.training else 0.0
+        q, k, v = split_heads(self.qkv(x), 3 * self.heads).chunk(3, 1)
         blocks = []                                                 # q, k, v (B, heads, n, D/heads)
         for start, end in zip([0, *ends], ends):
-            blocks.append(F.scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, :end], v[:, :, :end], dropout_p=dropout_p))
-        x = torch.cat(blocks, 2).transpose(1, 2).flatten(2)         # (B, n, D)
-        return self.dropout(self.proj(x))
+            blocks.append(attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end], self.dropout))
+        return self.dropout(self.proj(torch.cat(blocks, 1)))        # (B, n, D)
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of latent tokens to the condition, in two halves: a sampler needs the
-    condition's keys and values once, the queries at every step."""
+    """Multi-head attention of latent tokens to the condition, whose keys and values are computed
+    apart: a sampler needs them once, the queries at every step."""
 
     def __init__(self, dim, heads, dropout):
         super().__init__()
@@ -165,20 +174,13 @@ class CrossAttention(nn.Module):
         self.wv = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
 
-    def queries(self, x):
-        """Return queries (B, heads, N, D/heads) of x (B, N, D)."""
-        return self.wq(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-
     def keys_values(self, c):
-        """Return keys and values (B, heads, M, D/heads) of a condition c (B, M, D)."""
-        k = self.wk(c).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        v = self.wv(c).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        return k, v
+        """Return keys and values (2, B, heads, M, D/heads) of a condition c (B, M, D)."""
+        return split_heads(torch.stack([self.wk(c), self.wv(c)]), self.heads)
 
-    def forward(self, q, k, v):                                     # (B, heads, n, D/heads)
-        dropout_p = self.dropout.p if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
-        return self.dropout(self.proj(x.transpose(1, 2).flatten(2)))
+    def forward(self, x, k, v):                                     # (B, N, D)
+        q = split_heads(self.wq(x), self.heads)                     # (B, heads, N, D/heads)
+        return self.dropout(self.proj(attend(q, k, v, self.dropout)))
 
 
 # --- The AR transformer: class and references to semantic features --------------------------------
@@ -188,10 +190,10 @@ class ARBlock(nn.Module):
 
     def __init__(self, dim, heads, dropout):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim)
         self.attn = SelfAttention(dim, heads, dropout)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, dropout)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = mlp(dim, dropout)
 
     def forward(self, x, ends):
         x = x + self.attn(self.norm1(x), ends)
@@ -208,35 +210,32 @@ class ARTransformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c = self.config = config
-        self.class_embed = nn.Embedding(c.classes, c.dim)
-        self.null = nn.Parameter(torch.empty(1, c.dim))             # in place of a dropped label
-        self.mask = nn.Parameter(torch.empty(1, c.features_per_image if c.mrar else 1, c.dim))
-        self.ref_proj = nn.Linear(c.vae.channels * c.patch**2, c.dim)
-        self.pos = nn.Parameter(torch.empty(1, c.class_tokens + c.features, c.dim))
-        self.norm_in = nn.LayerNorm(c.dim, eps=1e-6)
-        self.blocks = nn.ModuleList(ARBlock(c.dim, c.heads, c.dropout) for _ in range(c.ar_depth))
-        self.norm_out = nn.LayerNorm(c.dim, eps=1e-6)
-        self.feature_pos = nn.Parameter(torch.empty(1, c.features, c.dim))  # added for the decoder
-        if c.images_per_sample == 1 or c.feed == "features":
-            self.ref_proj.requires_grad_(False)  # published weights have it; nothing goes through
+        self.config = config
+        c, dim = config, config.dim
+        self.class_embed = nn.Embedding(c.classes, dim)
+        self.null = nn.Parameter(torch.empty(1, dim))               # the embedding of "no label"
+        self.mask = table(c.features_per_image if c.mrar else 1, dim)
+        self.ref_proj = nn.Linear(c.vae.channels * c.patch**2, dim)
+        self.pos = table(c.class_tokens + c.features, dim)
+        self.norm_in = LayerNorm(dim)
+        self.blocks = nn.ModuleList(ARBlock(dim, c.heads, c.dropout) for _ in range(c.ar_depth))
+        self.norm_out = LayerNorm(dim)
+        self.feature_pos = table(c.features, dim)                   # added for the decoder
+        # Published weights always have ref_proj, but only latents that are fed back go through it.
+        self.ref_proj.requires_grad_(c.images_per_sample > 1 and c.feed == "latents")
 
-    def start(self, labels, drop=None):
-        """Return [class | mask] (B, class_tokens + block, D); drop (B,): no label."""
+    def start(self, labels):
+        """Return [class | mask] (B, class_tokens + block, D)."""
         c = self.config
-        unlabelled = labels == c.classes
-        if drop is not None:
-            unlabelled = unlabelled | drop
-        embedding = self.class_embed(labels.clamp(max=c.classes - 1))
-        embedding = torch.where(unlabelled[:, None], self.null, embedding)  # (B, D)
-        class_tokens = embedding[:, None].expand(-1, c.class_tokens, -1)
+        embeddings = torch.cat([self.class_embed.weight, self.null])
+        class_tokens = embeddings[labels][:, None].expand(-1, c.class_tokens, -1)
         mask = self.mask.expand(len(labels), c.features_per_image, -1)
         return torch.cat([class_tokens, mask], 1)                   # Eq. 9
 
     def reference(self, latents):
         """Return an earlier image (B, z, h, w) as tokens (B, block, D), Eq. 11."""
         patches = F.pixel_unshuffle(latents, self.config.patch)
-        return self.ref_proj(patches.flatten(2).transpose(1, 2))    # Eq. 11
+        return self.ref_proj(patches.flatten(2).mT)                 # Eq. 11
 
     def forward(self, x):
         """Return the features (B, n - class_tokens, D) of a sequence (B, n, D)."""
@@ -256,7 +255,7 @@ def similarity(h):
     value means more diverse features.
     """
     unit = F.normalize(h.float(), dim=-1)                           # Eq. 13
-    S = (unit @ unit.transpose(1, 2)).abs()                         # Eq. 14, (B, M, M)
+    S = (unit @ unit.mT).abs()                                      # Eq. 14, (B, M, M)
     M = S.shape[1]
     return (S.sum((1, 2)) - M) / (M * M - M)                        # Eq. 15, as a mean
 
@@ -268,23 +267,21 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, dim, heads, dropout):
         super().__init__()
-        self.table = nn.Parameter(torch.empty(1, 6, dim))           # added to the shared AdaLN
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.table = table(6, dim)                                  # added to the shared AdaLN
+        self.norm1 = LayerNorm(dim)
         self.attn = SelfAttention(dim, heads, dropout)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim)
         self.cross = CrossAttention(dim, heads, dropout)
-        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, dropout)
+        self.norm3 = LayerNorm(dim)
+        self.mlp = mlp(dim, dropout)
 
     def forward(self, x, modulation, k, v):                         # (B, N, D), (B or 1, 6, D)
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.table + modulation).split(1, 1)
         h = self.norm1(x) * (1 + scale1) + shift1                   # scales etc.: (B or 1, 1, D)
         x = x + gate1 * self.attn(h, [x.shape[1]])
-        q = self.cross.queries(self.norm2(x))                       # (B, heads, N, D/heads)
         if len(k) > len(x):  # guidance: 2 B conditions for B images, which were equal up to here
             x = x.repeat(2, 1, 1)
-            q = q.repeat(2, 1, 1, 1)
-        x = x + self.cross(q, k, v)
+        x = x + self.cross(self.norm2(x), k, v)
         h = self.norm3(x) * (1 + scale3) + shift3
         return x + gate3 * self.mlp(h)
 
@@ -300,33 +297,37 @@ class Decoder(nn.Module):
         super().__init__()
         c, dim = config, config.dim
         self.input = nn.Linear(c.vae.channels, dim)
-        self.pos = nn.Parameter(torch.empty(1, c.latent_size**2, dim))
+        self.pos = table(c.latent_size**2, dim)
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.modulate = nn.Linear(dim, 6 * dim)
         self.condition = nn.Linear(dim, dim)
         self.blocks = nn.ModuleList(DecoderBlock(dim, c.heads, c.dropout) for _ in range(c.depth))
-        self.table = nn.Parameter(torch.empty(1, 2, dim))
+        self.table = table(2, dim)
         self.output = nn.Linear(dim, c.vae.channels)
 
     def keys_values(self, c):
-        """Return each block's keys and values (B, heads, M, D/heads) of c (B, M, D)."""
+        """Return all blocks' keys and values (2, depth, B, heads, M, D/heads) of c (B, M, D)."""
         c = self.condition(c)
-        return [block.cross.keys_values(c) for block in self.blocks]
+        return torch.stack([block.cross.keys_values(c) for block in self.blocks], 1)
 
     def modulation(self, t):
-        """Return the embedding (B, D) of times (B,) and all blocks' AdaLN (B, 6, D)."""
+        """Return the embedding of times t (B,), then the AdaLN of all blocks, (B, 7, D)."""
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
         angles = 1000 * t[:, None] * frequencies
         embedding = self.time(torch.cat([angles.cos(), angles.sin()], 1))
-        return embedding, self.modulate(F.silu(embedding)).unflatten(1, (6, -1))
+        return torch.cat([embedding, self.modulate(F.silu(embedding))], 1).unflatten(1, (7, -1))
 
-    def forward(self, x, modulation, keys_values):
-        """Return the velocity (B, N, z) of tokens x, or (2 B, N, z) for 2 B conditions."""
-        embedding, shared = modulation
+    def forward(self, x, modulation, keys_values, end=None):
+        """Return the velocity (B, N, z) of tokens x, or (2 B, N, z) for 2 B conditions.
+
+        end: only this many of the condition's features are used.
+        """
+        embedding, shared = modulation.split((1, 6), 1)
         x = self.input(x) + self.pos                                # (B, N, D)
-        for block, (k, v) in zip(self.blocks, keys_values):
+        keys, values = keys_values
+        for block, k, v in zip(self.blocks, keys[..., :end, :], values[..., :end, :]):
             x = block(x, shared, k, v)
-        shift, scale = (self.table + embedding[:, None]).split(1, 1)
+        shift, scale = (self.table + embedding).split(1, 1)
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
         return self.output(x).float()
 
@@ -352,21 +353,21 @@ class TransDiff(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                module.bias.zero_()
         ar, decoder = self.ar, self.decoder
-        for table in (ar.class_embed.weight, ar.null, ar.mask, ar.pos, ar.feature_pos, decoder.pos):
-            table.normal_(std=0.02)
-        for table in (decoder.table, *(block.table for block in decoder.blocks)):
-            table.normal_(std=self.config.dim**-0.5)
+        for rows in (ar.class_embed.weight, ar.null, ar.mask, ar.pos, ar.feature_pos, decoder.pos):
+            rows.normal_(std=0.02)
+        for part in (decoder, *decoder.blocks):
+            part.table.normal_(std=self.config.dim**-0.5)
         decoder.output.weight.zero_()
 
-    def semantic(self, labels, references, drop=None):
+    def semantic(self, labels, references):
         """Return features (B, M', D) of labels (B,) and the images so far, a list of latents.
 
         M' covers one image more than there are references, of which only the number is used if
         `feed` is "features". The decoder's condition is h + feature_pos.
         """
-        start = self.ar.start(labels, drop)
+        start = self.ar.start(labels)
         if self.config.feed == "latents":
             tokens = [self.ar.reference(image) for image in references]
             return self.ar(torch.cat([start, *tokens], 1))          # Eq. 6, 10, 12
@@ -395,22 +396,19 @@ class TransDiff(nn.Module):
         if drop is None:
             share = c.label_drop if self.training else 0.0
             drop = torch.rand(len(labels), device=labels.device) < share
-        h = self.semantic(labels, images[:-1], drop)                # (B, M, D)
-        keys_values = self.decoder.keys_values(h + self.ar.feature_pos)  # once for all m copies
-        losses = []
+        labels = labels.masked_fill(drop, c.classes)
+        h = self.semantic(labels, images[:-1])                      # (B, M, D)
+        keys_values = self.decoder.keys_values(h + self.ar.feature_pos).repeat(1, 1, m, 1, 1, 1)
+        parts = {}
         for r, image in enumerate(images):
-            x = image.flatten(2).transpose(1, 2).repeat(m, 1, 1)    # (m B, N, z)
+            x = image.flatten(2).mT.repeat(m, 1, 1)                 # (m B, N, z)
             eps_r = torch.randn_like(x) if eps is None else eps[r]
             t_r = self.draw_times(len(x), x.device) if t is None else t[r]
             x_t = torch.lerp(x, eps_r, t_r[:, None, None])          # Eq. 4
-            known = []
-            for k, v in keys_values:  # the features of images 0 .. r
-                end = c.features_per_image * (r + 1)
-                known.append((k[:, :, :end].repeat(m, 1, 1, 1), v[:, :, :end].repeat(m, 1, 1, 1)))
-            v = self.decoder(x_t, self.decoder.modulation(t_r), known)
-            losses.append(F.mse_loss(v, eps_r - x))                 # Eq. 5
-        parts = {f"flow_{r}": loss for r, loss in enumerate(losses)} if c.mrar else {}
-        return {"loss": torch.stack(losses).mean(), **parts}        # Eq. 8
+            end = c.features_per_image * (r + 1)                    # features of images 0 .. r
+            v = self.decoder(x_t, self.decoder.modulation(t_r), keys_values, end)
+            parts[f"flow_{r}"] = F.mse_loss(v, eps_r - x)           # Eq. 5
+        return {"loss": sum(parts.values()) / len(images), **parts}  # Eq. 8
 
     @torch.no_grad()
     def sample(self, labels, noise, *, other=None, features=None, rounds=None, on_step=None,
@@ -424,47 +422,43 @@ class TransDiff(nn.Module):
         bad value.
         """
         c = common.with_options(self.config, **options)
-        rounds = c.images_per_sample if rounds is None else rounds
-        features = c.features if features is None else features
-        if not 1 <= rounds <= c.images_per_sample:
-            raise UserError(f"rounds: this model was trained for {c.images_per_sample}")
-        if not rounds <= features <= c.features:
-            raise UserError(f"features: choose {rounds} to {c.features}")
-        places = torch.arange(c.features, device=labels.device)
-        kept = places[(places * features) % c.features < features]  # K of 0 .. M - 1
-        null = torch.full_like(labels, c.classes)
+        rounds = rounds or c.images_per_sample
+        features = features or c.features
+        if rounds > c.images_per_sample or features > c.features:
+            raise UserError(f"this model was trained for {c.images_per_sample} rounds"
+                            f" and {c.features} features")
+        kept = torch.arange(features, device=labels.device) * c.features // features
         start = noise.normal((c.latent_size**2, c.vae.channels))    # one start for all rounds
-        first = rounds - 1 if c.feed == "features" else 0           # Alg. 2 decodes the last round
-        images = [None] * first
-        for _ in range(first, rounds):
+        images = [None] * (rounds - 1) if c.feed == "features" else []  # Alg. 2 decodes the last
+        while len(images) < rounds:
             h = self.semantic(labels, images)                       # Eq. 6
             used = kept[kept < h.shape[1]]
-            condition = h
+            condition = h[:, used]                                  # (B, K', D)
             if other is not None:
-                condition = h.clone()
-                condition[:, used[1::2]] = self.semantic(other, images)[:, used[1::2]]
+                condition[:, 1::2] = self.semantic(other, images)[:, used[1::2]]
             if c.cfg != 1:
-                condition = torch.cat([condition, self.semantic(null, images)])
-            condition = condition + self.ar.feature_pos[:, :h.shape[1]]  # ([2] B, M', D)
-            keys_values = self.decoder.keys_values(condition[:, used])
-            x = self.denoise(start, keys_values, c, noise, on_step)  # Eq. 7, 10, 12
+                h_null = self.semantic(torch.full_like(labels, c.classes), images)
+                condition = torch.cat([condition, h_null[:, used]])  # (2 B, K', D)
+            condition = condition + self.ar.feature_pos[:, used]
+            keys_values = self.decoder.keys_values(condition)
+            x = self.denoise(start, keys_values, len(used), c, noise, on_step)  # Eq. 7, 10, 12
             images.append(self.latents(x))
         return images[-1], h
 
     def latents(self, x):
         """Return tokens (B, N, z) as latents (B, z, h, w)."""
-        return x.transpose(1, 2).unflatten(2, (self.config.latent_size, -1))
+        return x.mT.unflatten(2, (self.config.latent_size, -1))
 
-    def denoise(self, x, keys_values, c, noise, on_step=None):
+    def denoise(self, x, keys_values, end, c, noise, on_step):
         """Take tokens x (B, N, z) from noise to the image, with the sampler settings of a config c.
 
-        keys_values have B conditional rows, then B unconditional ones unless c.cfg is 1.
+        The first `end` keys and values are read. They have B conditional rows, then B unconditional
+        ones unless c.cfg is 1.
         """
         ts = time_grid(c.steps, c.solver, x.device)
-        embedding, shared = self.decoder.modulation(ts[:-1])        # of all steps at once
-        for i in range(c.steps):
-            t, dt = ts[i], ts[i + 1] - ts[i]                        # dt < 0
-            v = self.decoder(x, (embedding[i:i + 1], shared[i:i + 1]), keys_values)
+        modulation = self.decoder.modulation(ts[:-1])               # of all steps at once
+        for i, (t, dt) in enumerate(zip(ts, ts.diff())):            # dt < 0
+            v = self.decoder(x, modulation[i:i + 1], keys_values, end)
             if c.cfg != 1:
                 v, u = v.chunk(2)
                 v = u + c.cfg * (v - u)
@@ -496,10 +490,9 @@ class TransDiff(nn.Module):
         if name == "ar.mask" and old.shape[1] == 1:
             return old.expand(shape).clone()
         if name == "decoder.pos" and old.shape[2] == shape[2]:
-            side, new_side = math.isqrt(old.shape[1]), math.isqrt(shape[1])
-            grid = old.transpose(1, 2).unflatten(2, (side, side))   # (1, D, side, side)
-            grid = F.interpolate(grid, (new_side, new_side), mode="bicubic")
-            return grid.flatten(2).transpose(1, 2)
+            grid = old.mT.unflatten(2, (math.isqrt(old.shape[1]), -1))  # (1, D, side, side)
+            grid = F.interpolate(grid, math.isqrt(shape[1]), mode="bicubic")
+            return grid.flatten(2).mT
         return None
 
 
@@ -510,25 +503,22 @@ def logit_normal(normal):
 
 def time_grid(steps, solver, device=None):
     """Return times (steps + 1,) from 1 to 0. Euler-Maruyama goes to 0.04 in equal steps and takes a
-    last one, without noise, from there to 0, as released. Fewer than three steps would leave mostly
-    noise: they raise UserError."""
+    last one, without noise, from there to 0, as released: fewer than three leave mostly noise."""
     if solver == "euler":
         return torch.linspace(1, 0, steps + 1, device=device)
-    if steps < 3:
-        raise UserError(f"{steps} steps are too few for Euler-Maruyama: use 3 or --solver euler")
-    return torch.cat([torch.linspace(1, 0.04, steps), torch.zeros(1)]).to(device)
+    return F.pad(torch.linspace(1, 0.04, steps), (0, 1)).to(device)
 
 
 # --- Sampling options, stages and recipes ---------------------------------------------------------
 
 OPTIONS = {
     "cfg": dict(type=float, help="guidance scale: 1 is off and costs half, 0 is unconditional"),
-    "steps": dict(type=int, help="denoising steps of each round"),
+    "steps": dict(type=int, help="denoising steps of each round; Euler-Maruyama: 3 or more"),
     "solver": dict(choices=("maruyama", "euler"), help="stochastic (Eq. 18) or not (Eq. 3)"),
-    "drift_scale": dict(type=float, metavar="S1", help="s1 of Eq. 18"),
-    "noise_scale": dict(type=float, metavar="S2", help="s2 of Eq. 18"),
-    "rounds": dict(type=int, help="MRAR: stop after this many images"),
-    "features": dict(type=int, metavar="K", help="use only K of the semantic features (Fig. 1)"),
+    "drift_scale": dict(type=float, help="s1 of Eq. 18"),
+    "noise_scale": dict(type=float, help="s2 of Eq. 18"),
+    "rounds": dict(type=common.positive, help="MRAR: stop after this many images"),
+    "features": dict(type=common.positive, help="use only so many semantic features (Fig. 1)"),
     "fuse": dict(metavar="CLASS", help="take every second feature from this class (Fig. 5)")}
 
 
@@ -537,22 +527,32 @@ def generate(model, vae, labels, noise, *, fuse=None, on_step=None, **options):
 
     on_step(images): the current estimate at each step, decoded.
     """
-    other = None
-    if fuse is not None:
+    if fuse:
         [label] = common.class_ids([fuse], model.config)
-        other = torch.full_like(labels, label)
+        options["other"] = torch.full_like(labels, label)
 
-    def decode_step(x_0):
+    def show(x_0):
         on_step(vae.decode(x_0))
 
-    watch = decode_step if on_step else None
-    latents, h = model.sample(labels, noise, other=other, on_step=watch, **options)
+    latents, h = model.sample(labels, noise, on_step=show if on_step else None, **options)
     return vae.decode(latents).clamp(-1, 1), {"feature_similarity": similarity(h)}
 
 
 def compile_steps(model, vae):
-    """Compile what sampling repeats: the decoder."""
-    model.decoder.forward = common.compiled(model.decoder.forward)
+    """Compile what sampling repeats: the decoder, which is recorded as a graph. A graph reads the
+    condition's keys and values at one place, so each round puts them there, padded to one shape."""
+    decoder = model.decoder
+    keys_values = decoder.keys_values
+    memory = common.KeyValueCache()
+
+    def stored(c):
+        new = keys_values(F.pad(c, (0, 0, 0, model.config.features - c.shape[1])))
+        [pair] = memory.allocate(1, new.shape[1:], new.dtype, new.device)
+        torch._foreach_copy_(pair, new.unbind())
+        return pair
+
+    decoder.keys_values = stored
+    decoder.forward = common.compiled(decoder.forward)
 
 
 check = common.check_vae
@@ -570,13 +570,13 @@ def model_views(config):
 
 def mrar_config(config):
     """Return the MRAR config: half the repetitions, and its published sampler settings."""
-    return dataclasses.replace(config, mrar=True, repeat=2, **MRAR_SAMPLING.get(config.dim, {}))
+    return replace(config, mrar=True, repeat=2, **MRAR_SAMPLING.get(config.dim, {}))
 
 
 TINY = Recipe(lr=2e-3, batch=32, epochs=1, warmup=0.03, decay=0.5, clip=1.0, ema=0.999)
 PAPER = Recipe(lr=8e-4, batch=2048, epochs=800, warmup=100 / 800)
 PAPER_512 = Recipe(lr=1e-4, batch=2048, epochs=150, warmup=10 / 150, ema=0.999)
-TINY_MRAR = dataclasses.replace(TINY, lr=1e-3, batch=8, epochs=0.6)
+TINY_MRAR = replace(TINY, lr=1e-3, batch=8, epochs=0.6)
 PAPER_MRAR = Recipe(lr=5e-5, batch=2048, epochs=40, warmup=10 / 40)
 STAGES = [
     common.vae_stage(vae_views),
@@ -633,53 +633,42 @@ def load_official(path, **overrides):
 def from_released(state, path="the checkpoint", **overrides):
     """Return the model of a released state dict (see load_official)."""
     state = common.renamed(state, RELEASED)
-    try:
-        dim = state["ar.null"].shape[1]
-        features = state["ar.feature_pos"].shape[1]
-        block = state["ar.mask"].shape[1]
-        mrar = block > 1
-        vae = VAEConfig(channels=state["decoder.input.weight"].shape[1])
-        config = Config(
-            dim=dim, heads=min(16, max(dim // 64, 1)), mrar=mrar, vae=vae,
-            image_size=math.isqrt(state["decoder.pos"].shape[1]) * vae.factor,
-            classes=len(state["ar.class_embed.weight"]), features=features,
-            class_tokens=state["ar.pos"].shape[1] - features,
-            images=features // block if mrar else Config.images,
-            ar_depth=len(common.numbered(state, r"ar\.blocks\.(\d+)")),
-            depth=len(common.numbered(state, r"decoder\.blocks\.(\d+)")))
-        config = dataclasses.replace(config, **{**published_sampling(config), **overrides})
-        model = TransDiff(config)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: not a TransDiff checkpoint ({error})") from None
+    classes, dim = state["ar.class_embed.weight"].shape
+    _, features, _ = state["ar.feature_pos"].shape
+    mrar = state["ar.mask"].shape[1] > 1
+    vae = VAEConfig(channels=len(state["decoder.output.bias"]))
+    image_size = math.isqrt(state["decoder.pos"].shape[1]) * vae.factor
+    config = replace(
+        published(dim, mrar, image_size), dim=dim, mrar=mrar, image_size=image_size, vae=vae,
+        classes=classes, features=features, class_tokens=state["ar.pos"].shape[1] - features,
+        ar_depth=len(common.numbered(state, r"ar\.blocks\.(\d+)")),
+        depth=len(common.numbered(state, r"decoder\.blocks\.(\d+)")))
+    model = TransDiff(replace(config, **overrides))
     common.load_strict(model, state, path)
     return model.eval()
 
 
-def published_sampling(config):
-    """Return the published sampler settings of a model of this width, kind and image size."""
-    if config.mrar:
-        return MRAR_SAMPLING.get(config.dim, {})
+def published(dim, mrar, image_size):
+    """Return the published config of this width, kind and image size, else a new one."""
     for preset in PRESETS.values():
-        if (preset.dim, preset.image_size) == (config.dim, config.image_size):
-            return {name: getattr(preset, name) for name in ("cfg", "drift_scale", "noise_scale")}
-    return {}
+        config = mrar_config(preset) if mrar else preset
+        if (config.dim, config.image_size) == (dim, image_size):
+            return config
+    return Config(dim=dim, heads=max(dim // 64, 1))
 
 
 def main():
-    """Print the presets with their parameter counts, and walk one batch through the tiny one."""
-    print("preset    D  heads  AR blocks  decoder blocks     1-step parameters  MRAR  published")
+    """Print the presets with their parameter counts, and walk one batch through a tiny MRAR."""
+    print("preset    D  heads  AR blocks  decoder blocks     parameters  published")
     for name, c in PRESETS.items():
         with torch.device("meta"):
-            one_step = sum(p.numel() for p in TransDiff(c).parameters())
-            mrar = sum(p.numel() for p in TransDiff(mrar_config(c)).parameters())
-        print(f"{name:6s} {c.dim:4d} {c.heads:6d} {c.ar_depth:10d} {c.depth:15d} {one_step:15,d}"
-              f" {mrar:15,d}  {PUBLISHED.get(name, '-'):>6s}")
-    for title, c in (("1-step AR", PRESETS["tiny"]), ("MRAR", mrar_config(PRESETS["tiny"]))):
-        shape = (2, c.images) if c.mrar else (2,)
-        latents = torch.randn(*shape, c.vae.channels, c.latent_size, c.latent_size)
-        print(f"\n{title}: latents {tuple(latents.shape)} through TransDiff.forward")
-        loss = common.walk(TransDiff(c), latents, torch.tensor([0, 1]))
-        print("  loss:", {name: round(part.item(), 3) for name, part in loss.items()})
+            count = sum(p.numel() for p in TransDiff(c).parameters())
+        print(f"{name:6s} {c.dim:4d} {c.heads:6d} {c.ar_depth:10d} {c.depth:15d} {count:14,d}"
+              f" {PUBLISHED.get(name, '-'):>10s}")
+    print("\nTiny MRAR: latents (2, 4, 16, 8, 8) and labels (2,) through TransDiff.forward")
+    model = TransDiff(mrar_config(PRESETS["tiny"]))
+    loss = common.walk(model, torch.randn(2, 4, 16, 8, 8), torch.arange(2))["loss"]
+    print(f"  loss {loss.item():.3f}")
 
 
 if __name__ == "__main__":

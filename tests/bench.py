@@ -55,8 +55,8 @@ def arguments():
     add("--batch", type=common.positive, default=8,
         help="images of sampling, besides 1, and of the first stage (default: 8)")
     add("--train-batch", type=common.positive, default=8, help="samples of a training step")
-    add("--only", nargs="+", default=["first", "train", "sample"],
-        choices=("first", "train", "sample"), help="encode and decode, train, sample")
+    add("--only", nargs="+", default=list(MEASURES), choices=MEASURES,
+        help="encode and decode, train, sample")
     add("--plain", action="store_true", help="also measure the plain samplers of tests/plain.py")
     add("--compile", action="store_true", help="compile what is trained, and samplers' inner steps")
     add("--repeats", type=common.positive, default=5)
@@ -123,19 +123,16 @@ class Table:
 
     def __init__(self, args, process):
         self.process = process
-        self.repeats = args.repeats
         self.rows = []
         device = process.device
         dtype = torch.bfloat16 if process.precision == "bf16" else torch.float32
         flops, bandwidth = ceilings(device, dtype)
-        self.about = {
-            "model": args.model, "size": args.size, "set": args.set, "compile": args.compile,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "precision": process.precision, "threads": torch.get_num_threads(),
-            "torch": str(torch.__version__), "flops_per_s": flops, "bytes_per_s": bandwidth}
-        print(f"{' '.join([args.model, args.size, *args.set])}, {self.about['device']},"
-              f" {process.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-        print(f"large product {flops / 1e12:.3g} TFLOP/s, large copy {bandwidth / 1e9:.3g} GB/s")
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.about = {**vars(args), "device": name, "precision": process.precision,
+                      "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+                      "flops_per_s": flops, "bytes_per_s": bandwidth}
+        print(f"{args.model} {args.size} {' '.join(args.set)} on {name}: large product"
+              f" {flops / 1e12:.3g} TFLOP/s, large copy {bandwidth / 1e9:.3g} GB/s")
         print(f"{'':21s} {'images':>6s} {'seconds: median (range)':>26s} {'images/s':>9s}"
               f" {'GFLOP/image':>11s} {'TFLOP/s':>8s} {'share':>6s} {'GB':>5s}")
 
@@ -145,26 +142,23 @@ class Table:
         work: its FLOPs. baseline: a row to compare its time with. moved: the bytes that it reads.
         """
         device = self.process.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        times = measured(call, self.repeats, device)
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+        times = measured(call, self.about["repeats"], device)
         seconds = statistics.median(times)
-        row = {
-            "what": what, "images": images, "seconds": seconds, "least": min(times),
-            "most": max(times), "images_per_s": images / seconds,
-            "gflop_per_image": work / images / 1e9, "tflops": work / seconds / 1e12,
-            "share": work / seconds / self.about["flops_per_s"],
-            "memory_gb": train.peak_memory(device)}
+        rate = work / seconds
+        row = {"what": what, "images": images, "seconds": seconds, "gflop": work / 1e9,
+               "tflops": rate / 1e12, "share": rate / self.about["flops_per_s"],
+               "memory_gb": torch.cuda.max_memory_allocated() / 1e9}
         note = ""
         if baseline:
-            row["ratio"] = seconds / baseline["seconds"]
-            note = f"{row['ratio']:.3g} x {baseline['what']}"
+            note = f"{seconds / baseline['seconds']:.3g} x {baseline['what']}"
         if moved:
             row["bandwidth_share"] = moved / seconds / self.about["bytes_per_s"]
-            note = f"{row['bandwidth_share']:.1%} of the copy's rate"
+            note += f", {row['bandwidth_share']:.1%} of the copy's rate"
         span = f"{seconds:.4f} ({min(times):.4f} - {max(times):.4f})"
-        print(f"{what:21s} {images:6d} {span:>26s} {row['images_per_s']:9.2f}"
-              f" {row['gflop_per_image']:11.3g} {row['tflops']:8.3g} {row['share']:6.1%}"
+        print(f"{what:21s} {images:6d} {span:>26s} {images / seconds:9.2f}"
+              f" {row['gflop'] / images:11.3g} {row['tflops']:8.3g} {row['share']:6.1%}"
               f" {row['memory_gb']:5.2f}  {note}", flush=True)
         self.rows.append(row)
         return row
@@ -179,29 +173,35 @@ def make_config(args, model_file, stage):
     return dataclasses.replace(config, class_names=names)
 
 
-def frozen(module, process):
+def frozen(module, device):
     """Return a module on the device, ready to sample, as sample.py prepares it."""
-    on_cuda = process.device.type == "cuda"
-    layout = torch.channels_last if on_cuda else torch.contiguous_format
-    return module.to(process.device, memory_format=layout).eval().requires_grad_(False)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return module.to(device, memory_format=layout).eval().requires_grad_(False)
 
 
-def random_images(n, config, process):
-    """Return images (n, 3, h, w) in -1 .. 1."""
-    return torch.rand(n, 3, config.image_size, config.image_size, device=process.device) * 2 - 1
+def training_batch(n, stage, config, first_stage, device):
+    """Return a batch of n samples, from random images in -1 .. 1, and labels (n,)."""
+    group = getattr(config, "images_per_sample", 1)
+    shape = (n * group, 3, config.image_size, config.image_size)
+    batch = torch.rand(shape, device=device) * 2 - 1
+    if stage.first_stage:
+        with torch.no_grad():
+            batch = first_stage.codes(first_stage.encode(batch))
+    batch = batch.unflatten(0, (n, group)).squeeze(1)
+    return batch, torch.arange(n, device=device) % config.classes
 
 
-def bench_first_stage(args, table, config, first_stage):
-    """Measure encoding and decoding."""
-    images = random_images(args.batch, config, table.process)
-    codes = first_stage.codes(first_stage.encode(images))
-    inputs = [codes]
-    if not codes.is_floating_point():  # a diffusion starts from noise
-        inputs.append(torch.randn_like(images))
-    encode = partial(first_stage.encode, images)
-    decode = partial(first_stage.decode, *inputs)
-    table.add("encode", args.batch, encode, counted(encode))
-    table.add("decode", args.batch, decode, counted(decode))
+def bench_first_stage(args, table, model_file, stage, first_stage):
+    """Measure encoding, and encoding with decoding."""
+    process = table.process
+    config = make_config(args, model_file, stage)
+    images, _ = training_batch(args.batch, stage, config, first_stage, process.device)
+    noise = common.Noise(0, range(args.batch), process.device)
+    calls = {"encode": partial(first_stage.encode, images),
+             "reconstruct": partial(first_stage.reconstruct, images, noise)}
+    with torch.no_grad(), process.autocast():
+        for name, call in calls.items():
+            table.add(name, args.batch, call, counted(call))
 
 
 def bench_training(args, table, model_file, stage, first_stage):
@@ -210,15 +210,8 @@ def bench_training(args, table, model_file, stage, first_stage):
     config = make_config(args, model_file, stage)
     recipe = stage.recipes[args.size]
     network = stage.build(config).to(process.device).train()
-    optimizer = train.adamw(network, recipe, process.device)
-    group = getattr(config, "images_per_sample", 1)
-    labels = torch.arange(args.train_batch, device=process.device) % config.classes
-    batch = random_images(args.train_batch * group, config, process)
-    if stage.first_stage:
-        with torch.no_grad():
-            batch = first_stage.codes(first_stage.encode(batch))
-    if group > 1:
-        batch = batch.unflatten(0, (-1, group))
+    optimizer = train.adamw(network, recipe)
+    batch, labels = training_batch(args.train_batch, stage, config, first_stage, process.device)
 
     def step():
         with process.autocast():
@@ -226,82 +219,49 @@ def bench_training(args, table, model_file, stage, first_stage):
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
     work = counted(step)
     if args.compile:
-        network.compile()
-    table.add(f"train {stage.name}", args.train_batch * group, step, work)
+        train.compile_blocks(network)
+    images = args.train_batch * getattr(config, "images_per_sample", 1)
+    table.add(f"train {stage.name}", images, step, work)
 
 
-class RecordingNoise(common.Noise):
-    """Noise that remembers what was drawn from it."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.draws = []
-
-    def draw(self, function, shape):
-        """Return one draw of each generator."""
-        self.draws.append((function, shape))
-        return super().draw(function, shape)
-
-
-def transdiff_sample(model, labels, noise):
-    """Call the plain sampler of TransDiff with the options of the model's config."""
-    c = model.config
-    plain.transdiff_sample(model, labels, noise, cfg=c.cfg, steps=c.steps,
-                           drift_scale=c.drift_scale, noise_scale=c.noise_scale)
-
-
-PLAIN = {"transdiff": transdiff_sample, "dar": plain.llama_sample,
+PLAIN = {"transdiff": plain.transdiff_sample, "dar": plain.llama_sample,
          "madformer": plain.madformer_sample}
 
 
 class Sampling:
-    """A stage with random weights, and the ways to sample n images from it, or parts of that."""
+    """A model, and the ways to sample n images from it, or parts of that."""
 
-    def __init__(self, model_file, stage, config, first_stage, process):
+    def __init__(self, model_file, model, first_stage, process):
         self.model_file = model_file
         self.first_stage = first_stage
         self.device = process.device
-        self.model = frozen(stage.build(config), process)
+        self.model = frozen(model, process.device)
         if process.precision == "bf16":
-            for part in self.model.modules():  # as in sample.py
-                if isinstance(part, nn.Linear):
-                    part.bfloat16()
-        recorded = RecordingNoise(0, [0], self.device)
-        model_file.generate(self.model, first_stage, self.labels(1), recorded)
-        self.draws = recorded.draws
+            common.cast_once(self.model, *first_stage.sampled())  # as in sample.py
 
-    def labels(self, n):
-        """Return labels (n,)."""
-        return torch.arange(n, device=self.device) % self.model.config.classes
-
-    def noise(self, n):
-        """Return the noise of n images."""
-        return common.Noise(0, range(n), self.device)
+    def inputs(self, n):
+        """Return labels (n,) and the noise of n images."""
+        labels = torch.arange(n, device=self.device) % self.model.config.classes
+        return labels, common.Noise(0, range(n), self.device)
 
     def images(self, n):
         """Sample images."""
-        self.model_file.generate(self.model, self.first_stage, self.labels(n), self.noise(n))
-
-    def draw_noise(self, n):
-        """Draw the noise of images, and nothing else."""
-        noise = self.noise(n)
-        for function, shape in self.draws:
-            noise.draw(function, shape)
+        return self.model_file.generate(self.model, self.first_stage, *self.inputs(n))[0]
 
     def codes(self, n):
         """Sample latents or tokens, without the first stage."""
         if hasattr(self.model, "stream"):
-            list(self.model.stream(self.labels(n), self.noise(n)))
+            list(self.model.stream(*self.inputs(n)))
         else:
-            self.model.sample(self.labels(n), self.noise(n))
+            self.model.sample(*self.inputs(n))
 
     def codes_plainly(self, n):
         """Sample latents or tokens by the plain sampler."""
-        PLAIN[self.model_file.__name__](self.model, self.labels(n), self.noise(n))
+        PLAIN[self.model_file.__name__](self.model, *self.inputs(n))
 
     def bytes_read(self, n):
         """Return the bytes that D-AR's tokens need: for each, all weights and the whole cache."""
@@ -310,29 +270,49 @@ class Sampling:
         c = self.model.config
         N = c.tokenizer.queries
         rows = n if set(c.cfg) == {1} else 2 * n
-        output = self.model.output.weight
-        weights = sum(p.numel() for p in self.model.layers.parameters()) + output.numel()
+        weights = [*self.model.layers.parameters(), self.model.output.weight]
         cache = 2 * c.depth * rows * N * c.dim
-        return N * (weights + cache) * output.element_size()
+        return N * (sum(w.numel() for w in weights) + cache) * weights[-1].element_size()
 
 
-def bench_sampling(args, table, stage, sampling):
-    """Measure sampling of one image and of a batch: all of it, its noise, the codes without the
-    first stage and, with --plain, the plain sampler beside that."""
-    work = counted(partial(sampling.images, 1))  # before anything is compiled
-    codes_work = counted(partial(sampling.codes, 1))
-    plain_work = counted(partial(sampling.codes_plainly, 1)) if args.plain else 0
-    if args.compile:
-        sampling.model_file.compile_steps(sampling.model, sampling.first_stage)
-    for n in sorted({1, args.batch}):
-        torch.compiler.reset()  # else the second size would be compiled for all sizes
-        whole = table.add(f"sample {stage.name}", n, partial(sampling.images, n), n * work)
-        table.add(f"noise {stage.name}", n, partial(sampling.draw_noise, n), 0, baseline=whole)
-        codes = table.add(f"codes {stage.name}", n, partial(sampling.codes, n), n * codes_work,
-                          moved=sampling.bytes_read(n))
+def bench_sampling(args, table, model_file, stage, first_stage):
+    """Measure sampling of one image and of a batch: all of it, the codes without the first stage
+    and, with --plain, the plain sampler beside that."""
+    model = stage.build(make_config(args, model_file, stage))
+    with torch.no_grad(), table.process.autocast():
+        sampling = Sampling(model_file, model, first_stage, table.process)
+        ways = {"sample": sampling.images, "codes": sampling.codes}
         if args.plain:
-            table.add(f"plain codes {stage.name}", n, partial(sampling.codes_plainly, n),
-                      n * plain_work, baseline=codes)
+            ways["plain codes"] = sampling.codes_plainly
+        work = {name: counted(partial(way, 1)) for name, way in ways.items()}
+        if args.compile:
+            model_file.compile_steps(sampling.model, first_stage)
+        for n in sorted({1, args.batch}):
+            torch.compiler.reset()  # else the second size would be compiled for all sizes
+            row = None
+            for name, way in ways.items():
+                moved = sampling.bytes_read(n) if name == "codes" else 0
+                row = table.add(f"{name} {stage.name}", n, partial(way, n), n * work[name],
+                                baseline=row, moved=moved)
+
+
+MEASURES = {"first": bench_first_stage, "train": bench_training, "sample": bench_sampling}
+
+
+def parts(args, table):
+    """Yield the name of each thing to measure, and the function that measures it."""
+    model_file = common.load_model(args.model)
+    source = next(stage for stage in model_file.STAGES if stage.load)
+    first_stage = source.build(make_config(args, model_file, source))
+    first_stage = frozen(first_stage, table.process.device)
+    for part in args.only:
+        for stage in model_file.STAGES:
+            trained = args.size in stage.recipes
+            applies = {"first": stage.load, "train": trained,
+                       "sample": trained and stage.first_stage}
+            if applies[part]:
+                job = (args, table, model_file, stage, first_stage)
+                yield f"{part} {stage.name}", partial(MEASURES[part], *job)
 
 
 def read_fully(path, size):
@@ -343,7 +323,6 @@ def read_fully(path, size):
 def bench_images(args):
     """Measure how fast JPEGs become pictures of 256 pixels: decoded at a reduced scale, as folders
     are read, and at full size."""
-    rows = []
     coarse = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     for size in ((500, 375), (1024, 1024), (2048, 1536), (4096, 3072)):
         picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
@@ -351,12 +330,9 @@ def bench_images(args):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "picture.jpg")
             Image.blend(picture, grain, 0.1).save(path, quality=90)
-            reduced = measured(partial(common.load_picture, path, 256), args.repeats)
-            fully = measured(partial(read_fully, path, 256), args.repeats)
-        rates = [1 / statistics.median(times) for times in (reduced, fully)]
-        print(f"{size[0]} x {size[1]}: {rates[0]:.1f} images/s, at full size {rates[1]:.1f}")
-        rows.append({"size": size, "images_per_s": rates[0], "at_full_size": rates[1]})
-    print(json.dumps({"rows": rows}))
+            for read in (common.load_picture, read_fully):
+                seconds = statistics.median(measured(partial(read, path, 256), args.repeats))
+                print(f"{size[0]} x {size[1]}, {read.__name__}: {1 / seconds:.1f} images/s")
 
 
 def main():
@@ -364,25 +340,10 @@ def main():
     args = arguments()
     process = common.launch(args.device)
     if args.model == "images":
-        bench_images(args)
-        return
-    model_file = common.load_model(args.model)
+        return bench_images(args)
     table = Table(args, process)
-    source = next(stage for stage in model_file.STAGES if stage.load)
-    config = make_config(args, model_file, source)
-    first_stage = frozen(source.build(config), process)
-    stages = [stage for stage in model_file.STAGES if args.size in stage.recipes]
-    if "first" in args.only:
-        with torch.no_grad(), process.autocast():
-            bench_first_stage(args, table, config, first_stage)
-    for stage in stages if "train" in args.only else ():
-        bench_training(args, table, model_file, stage, first_stage)
-    for stage in stages if "sample" in args.only else ():
-        if stage.first_stage:
-            config = make_config(args, model_file, stage)
-            with torch.no_grad(), process.autocast():
-                sampling = Sampling(model_file, stage, config, first_stage, process)
-                bench_sampling(args, table, stage, sampling)
+    for _, measure in parts(args, table):
+        measure()
     print(json.dumps({**table.about, "rows": table.rows}))
 
 

@@ -3,6 +3,7 @@
     python tests/faults.py --kills 50          # all stages of the three models; a line for each
 """
 import argparse
+import math
 import os
 import random
 import shutil
@@ -44,10 +45,11 @@ def start(arguments, patch="", ranks=1):
     """Start a process that trains with these arguments, after the lines of `patch`."""
     folder = Path(tempfile.mkdtemp())
     script = folder / "run.py"
-    script.write_text(SCRIPT.format(
-        root=str(ROOT), patch=patch, arguments=[str(a) for a in arguments]))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-              str(ranks)] if ranks > 1 else []
+    arguments = [str(argument) for argument in arguments]
+    script.write_text(SCRIPT.format(root=str(ROOT), patch=patch, arguments=arguments))
+    launch = []
+    if ranks > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return subprocess.Popen(
         [sys.executable, *launch, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
@@ -78,41 +80,38 @@ def kills(model, n, folder, seed=0, steps=10):
     A killed run is started again until it is done; while kills are left, another run follows.
     Return what happened, a line for each run.
     """
-    rng, lines, done, lost, run = random.Random(seed), [], 0, 0, 0
-    command = ["--model", model, "--data", pictures(folder / "data"), "--steps", steps,
-               "--save-every", 3, *BATCH, "--set", *SMALL[model]]
-    command[command.index("--workers") + 1] = "2"  # they outlive a killed run for some seconds
+    rng = random.Random(seed)
+    command = ["--model", model, "--data", pictures(folder / "data"), *BATCH, "--steps", steps,
+               "--save-every", 3, "--workers", 2, "--set", *SMALL[model]]  # they outlive a kill
     begun = time.monotonic()
     said = start([*command, "--out", folder / "whole"]).communicate()[0]
     took = time.monotonic() - begun
-    stages = [p.name for p in (folder / "whole").iterdir() if (p / "state.pt").exists()]
+    stages = [path.parent.name for path in (folder / "whole").glob("*/state.pt")]
     assert stages, said
+    lines, done, lost = [], 0, 0
     while done < n:
-        out, before = folder / f"run{run}", done
-        while True:
+        out = folder / f"run{len(lines)}"
+        killed = 0
+        process = None
+        while process is None or process.returncode == -9:
             process = start([*command, "--out", out])
-            within = rng.uniform(0.3, 1.0) * took if done < n else 600
+            within = rng.uniform(0.3, 1.0) * took if done + killed < n else 600
             try:  # somewhere between the first import and the last file
                 said = process.communicate(timeout=within)[0]
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
-                done += 1
-                continue
-            break
-        states = []
-        for stage in stages:
-            if (out / stage / "state.pt").exists():
-                files = [place / stage / "state.pt" for place in (folder / "whole", out)]
-                states.append([common.read_checkpoint(file) for file in files])
-        good = (process.returncode == 0 and len(states) == len(stages)
-                and all(equal(*pair) for pair in states))
-        lost += not good
+                killed += 1
+        good = process.returncode == 0
+        for stage in stages if good else ():
+            files = [place / stage / "state.pt" for place in (folder / "whole", out)]
+            good = good and equal(*map(common.read_checkpoint, files))
         end = "bit-equal" if good else f"lost: {said[-300:]}"
-        lines.append(f"{model}, run {run}: {done - before} kills, {end}")
-        shutil.rmtree(out, ignore_errors=True)
-        run += 1
-    return [*lines, f"{done} kills, {lost} lost, {run} runs of {len(stages)} stages of {model}"]
+        lines.append(f"{model}: {killed} kills, {end}")
+        done += killed
+        lost += not good
+        shutil.rmtree(out)
+    return [*lines, f"{done} kills, {lost} lost, {len(lines)} runs of {len(stages)} stages"]
 
 
 def main():
@@ -122,9 +121,9 @@ def main():
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for k, model in enumerate(SMALL):
+    for model in SMALL:
         with tempfile.TemporaryDirectory() as folder:
-            lines = kills(model, args.kills // 3 + (k < args.kills % 3), Path(folder), args.seed)
+            lines = kills(model, math.ceil(args.kills / 3), Path(folder), args.seed)
             print("\n".join(lines), flush=True)
 
 

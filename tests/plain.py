@@ -10,32 +10,31 @@ import transdiff
 # --- TransDiff ------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def transdiff_sample(model, labels, noise, *, cfg, steps, drift_scale, noise_scale):
+def transdiff_sample(model, labels, noise, **options):
     """Return the latents of TransDiff.sample, with nothing kept from one call of the network to the
     next, and Eq. 16 term by term."""
-    config = model.config
-    null = torch.full_like(labels, config.classes)
-    ts = transdiff.time_grid(steps, "maruyama", labels.device)
-    start = noise.normal((config.latent_size**2, config.vae.channels))
+    c = common.with_options(model.config, **options)
+    null = torch.full_like(labels, c.classes)
+    ts = transdiff.time_grid(c.steps, "maruyama", labels.device)
+    start = noise.normal((c.latent_size**2, c.vae.channels))
     images = []
-    for _ in range(config.images_per_sample):
+    for _ in range(c.images_per_sample):
         h = torch.cat([model.semantic(labels, images), model.semantic(null, images)])
-        c = h + model.ar.feature_pos[:, :h.shape[1]]
+        condition = h + model.ar.feature_pos[:, :h.shape[1]]
         x = start
-        for i in range(steps):
-            t = ts[i]
-            dt = ts[i + 1] - t
+        for t, t_next in zip(ts, ts[1:]):
+            dt = t_next - t
             both = torch.cat([x, x])
             modulation = model.decoder.modulation(t.expand(len(both)))
-            v = model.decoder(both, modulation, model.decoder.keys_values(c))
+            v = model.decoder(both, modulation, model.decoder.keys_values(condition))
             score = -(both + (1 - t) * v) / t
             drift, u = (v - t * score).chunk(2)                  # Eq. 16, sigma^2 = 2 t
-            drift = u + cfg * (drift - u)
-            if i == steps - 1:
+            drift = u + c.cfg * (drift - u)
+            if t_next == 0:
                 x = x + drift * dt
             else:
                 eps = noise.normal(x.shape[1:])
-                x = x + drift_scale * drift * dt + noise_scale * (2 * t * -dt).sqrt() * eps
+                x = x + c.drift_scale * drift * dt + c.noise_scale * (2 * t * -dt).sqrt() * eps
         images.append(model.latents(x))
     return images[-1]
 
@@ -77,7 +76,7 @@ def madformer_sample(model, labels, noise, *, steps=None, sampler=None, prompt=N
 
     def network(x, i):
         j = len(blocks)
-        z, skips = model.down(x, model.down.time(ts[i:i + 1]))
+        z, skips = model.down(x, ts[i:i + 1])
         noisy[j:] = [z]
         first = j if c.clean_blocks else 0  # without clean blocks noisy rows are looked back at
         end = (j + 1) * c.tokens
@@ -93,12 +92,12 @@ def madformer_sample(model, labels, noise, *, steps=None, sampler=None, prompt=N
         layouts.append(model.image_layout(madformer.NOISE)[:, first * c.tokens:end])
         layout = torch.cat(layouts, 1)
         rows, _ = model.run_layers(rows, layout, text, torch.cat(noisy[first:], 1))
-        return model.up(rows["noise"][:, -c.tokens:], model.up.time(ts[i:i + 1]), skips)
+        return model.up(rows["noise"][:, -c.tokens:], ts[i:i + 1], skips)
 
     for _ in range(c.ar_length):
         start = noise.normal((c.vae.channels, c.block, c.block))
         *_, block = madformer.solve(network, start, c.sampler, c.steps, c.target)
         blocks.append(block)
         t = ts[-1:] if c.clean_time == "noisy" else 0 * ts[-1:]
-        tokens.append(model.down(block, model.down.time(t))[0])
+        tokens.append(model.down(block, t)[0])
     return model.join(torch.stack(blocks, 1))

@@ -3,6 +3,7 @@ import dataclasses
 import json
 
 import bench
+import gpu
 import pytest
 import torch
 from conftest import ROOT, run
@@ -28,10 +29,9 @@ def test_llama_runs_each_token_once():
 def test_fast_samplers_save_work(name, saved):
     """The plain sampler's FLOPs over the fast one's. A saving that is lost makes it smaller."""
     model_file = common.load_model(name)
-    first, second = model_file.STAGES[:2]
     config = dataclasses.replace(model_file.PRESETS["tiny"], steps=5)
-    process = common.launch("cpu")
-    sampling = bench.Sampling(model_file, second, config, first.build(config), process)
+    first_stage, model = [stage.build(config) for stage in model_file.STAGES[:2]]
+    sampling = bench.Sampling(model_file, model, first_stage, common.launch("cpu"))
     plain = bench.counted(lambda: sampling.codes_plainly(1))
     fast = bench.counted(lambda: sampling.codes(1))
     assert plain / fast == pytest.approx(saved, rel=0.01)
@@ -57,8 +57,19 @@ def test_the_real_command_measures_all(tmp_path):
                "--train-batch", 2, "--repeats", 1, "--plain", "--set", "tokenizer.queries=8",
                cwd=tmp_path)
     found = json.loads(said.splitlines()[-1])
-    assert {row["what"] for row in found["rows"]} == {
-        "encode", "decode", "train tokenizer", "train ar", "sample ar", "noise ar", "codes ar",
-        "plain codes ar"}
-    for row in found["rows"]:
+    rows = {row["what"]: row for row in found["rows"]}
+    assert " ".join(rows) == ("encode reconstruct train tokenizer train ar sample ar codes ar"
+                              " plain codes ar")
+    for row in rows.values():
         assert row["tflops"] == pytest.approx(row["share"] * found["flops_per_s"] / 1e12)
+
+
+@pytest.mark.parametrize("limit,mark,code", [(1.0, "ok", 0), (-1.0, "FAILED", 1)])
+def test_gpu_script(in_process, monkeypatch, capsys, limit, mark, code):
+    """A dry run: a check is a line, and one that fails makes the exit code 1."""
+    monkeypatch.setattr(gpu, "TOLERANCES", {"fp32": {"loss": limit, "gradient": limit}})
+    with pytest.raises(SystemExit) as end:
+        in_process(gpu, "--device", "cpu", "--only", "agree dar tok")
+    assert end.value.code == code
+    line, _ = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{mark} agree dar tokenizer")

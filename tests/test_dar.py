@@ -1,26 +1,26 @@
 """D-AR beyond parity: clocks and solvers in closed form, causality, streaming, fast = plain."""
-import dataclasses
 import math
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import plain
 import pytest
 import torch
-from test_parity import Spy, close
+from test_parity import Spy, close, replay
 
 import common
 import dar
 from common import Noise, UserError
-from dar import Config, Decoding, Llama, Tokenizer, TokenizerConfig
+from dar import Config, Llama, Tokenizer, TokenizerConfig
 
-SMALL = TokenizerConfig(
-    image_size=16, patch=4, dim=64, depth=2, queries=12, query_rows=16, codebook=32, code_dim=4,
-    decoder_dim=128, decoder_depth=2, groups=4, pixel_patch=4, pixel_dim=64, pixel_depth=2,
-    repa_layer=0)
-CONFIG = Config(
-    image_size=16, classes=5, dim=64, heads=2, depth=2, dropout=0.0, cfg=(1.5, 1.5), crops=1,
-    lpips_weight=0.0, repa_weight=0.0, tokenizer=SMALL)
-WITH_REPA = dataclasses.replace(SMALL, image_size=64, repa_layer=1)
+SMALL = replace(
+    dar.TINY_TOKENIZER, image_size=16, dim=64, queries=12, query_rows=16, codebook=32, code_dim=4,
+    groups=4, pixel_dim=64, pixel_depth=2)
+CONFIG = replace(
+    dar.PRESETS["tiny"], image_size=16, classes=5, dim=64, heads=2, depth=2, cfg=(1.5, 1.5),
+    tokenizer=SMALL)
+WITH_REPA = replace(SMALL, image_size=64, repa_layer=1)
 
 
 def shaken(module):
@@ -32,17 +32,16 @@ def shaken(module):
 
 
 def tokenizer(**changes):
-    return shaken(Tokenizer(dataclasses.replace(SMALL, **changes)))
+    return shaken(Tokenizer(replace(SMALL, **changes)))
 
 
 def llama(**changes):
-    return shaken(Llama(dataclasses.replace(CONFIG, **changes)))
+    return shaken(Llama(replace(CONFIG, **changes)))
 
 
 def images(n, size=16):
     """Return random images in -1 .. 1."""
-    generator = torch.Generator().manual_seed(0)
-    return 2 * torch.rand(n, 3, size, size, generator=generator) - 1
+    return 2 * Noise(0, range(n)).uniform((3, size, size)) - 1
 
 
 def generate(model, t, labels, first=0, **options):
@@ -54,64 +53,66 @@ def generate(model, t, labels, first=0, **options):
 # --- Clocks, groups, solvers ----------------------------------------------------------------------
 
 def test_the_two_clocks_are_inverse():
-    """Eq. 5 undoes Eq. 8; a beta on the wrong side of the fraction fails."""
-    u = torch.linspace(0, 1, 5, dtype=torch.float64)
-    assert dar.shift(u, 2.0).tolist() == pytest.approx([0, 1 / 7, 1 / 3, 3 / 5, 1])
-    close(dar.unshift(dar.shift(u, 3.0), 3.0), u)
+    """Eq. 8; with 1 / beta it is Eq. 5. A beta on the wrong side of the fraction fails."""
+    u = torch.tensor([0, 1 / 4, 1 / 2, 1])
+    t = dar.shift(u, 2.0)
+    close(t, torch.tensor([0, 1 / 7, 1 / 3, 1]))
+    close(dar.shift(t, 1 / 2.0), u)
 
 
-@pytest.mark.parametrize("N,K", [(256, 8), (30, 10)])
-def test_groups_follow_the_nearest_rule(N, K):
+def test_groups_follow_the_nearest_rule():
     """Halves go up, and the times of Eq. 8 use each group once. Ceiling fails."""
-    t = tokenizer(queries=N, query_rows=N, groups=K)
-    groups = list(range(0, N, N // K))
-    edges = (torch.arange(K).double() + 0.5) / K
-    assert Decoding(t, torch.zeros(1)).starts == groups
-    assert t.starts(edges - 1e-9).tolist() == groups
-    assert t.starts(edges).tolist() == [*groups[1:], groups[-1]]
+    t = tokenizer(queries=10, groups=5)
+    groups = [0, 2, 4, 6, 8]
+    times = torch.arange(5).double() / 5
+    assert t.starts(times).tolist() == t.starts(times + 0.1 - 1e-9).tolist() == groups
+    assert t.starts(times + 0.1).tolist() == [2, 4, 6, 8, 8]
 
 
 def test_uniform_times_take_the_group_of_equation_5():
     """t as drawn, group ceil(t' K) counted from 1. The released rounding takes other groups."""
     t = tokenizer(times="uniform", beta=1.0)
-    numbers = torch.arange(12.0).view(1, 12, 1)
-    t.condition = lambda z: numbers.expand(len(z), 12, 1)
+    t.condition = lambda z: torch.arange(12.0)[:, None].expand(5, 12, 1)
     t.pixels.forward = Spy(lambda x, t, c, repa: (x, None))
     draws = torch.tensor([0.0, 0.2, 0.45, 0.7, 0.99])
     t(images(5), u=draws)
-    [(_, times, group)] = t.pixels.forward.args
+    [((_, times, group), _)] = t.pixels.forward
     assert torch.equal(times, draws)
     assert group[:, 0, 0].tolist() == [0, 0, 3, 6, 9]
 
 
-def solve(velocity, beta, **options):
+def solve(velocity, **options):
     """Return the image that the solver finds for a velocity v(x, t) and x_0 = 1."""
-    t = tokenizer(groups=1, data_std=1.0, beta=beta)
+    t = tokenizer(groups=1, data_std=1.0)
     t.pixels.forward = lambda x, t, c: (velocity(x, t.item()), None)
     start = torch.ones(1, 3, 16, 16, dtype=torch.float64)
-    return t.decode(torch.zeros(1, 12), start, **options)
+    return t.decode([torch.zeros(1, 12)], replay(start), **options)
 
 
 @pytest.mark.parametrize("solver,order", [("euler", 1), ("adams", 2)])
-@pytest.mark.parametrize("beta", [1.0, 2.0])
-def test_the_order_of_each_solver(solver, beta, order):
+def test_the_order_of_each_solver(solver, order):
     """dx/dt = -2 t x has x(1) = x(0) / e. Twice the steps: half of the error, or a quarter."""
     errors = []
     for steps in (128, 256):
-        image = solve(lambda x, t: -2 * t * x, beta, steps=steps, solver=solver)
+        image = solve(lambda x, t: -2 * t * x, steps=steps, solver=solver)
         errors.append((image - math.exp(-1)).abs().max())
     assert torch.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
 
 
-@pytest.mark.parametrize("solver", ["euler", "adams"])
 @pytest.mark.parametrize("preview", ["solver", "v"])
-def test_jump_estimates_of_a_straight_path_are_the_image(solver, preview):
+def test_jump_estimates_of_a_straight_path_are_the_image(preview):
     """v = x_1 - x_0 makes every preview the image, from the first step to the last."""
     previews = []
-    solve(lambda x, t: torch.full_like(x, 0.5 - 1.0), 2.0, steps=8, solver=solver,
-          preview=preview, on_step=previews.append)
-    assert len(previews) == 8
+    solve(lambda x, t: torch.full_like(x, 0.5 - 1.0), steps=8, preview=preview,
+          on_step=previews.append)
     assert (torch.stack(previews) - 0.5).abs().max() < 1e-6
+
+
+def test_the_last_preview_is_the_result_of_the_solver():
+    """A jump along v would make an Euler step of the last one."""
+    along_v, result = (solve(lambda x, t: -2 * t * x, steps=4, preview=preview)
+                       for preview in ("v", "solver"))
+    assert torch.equal(along_v, result)
 
 
 # --- The tokenizer --------------------------------------------------------------------------------
@@ -130,86 +131,78 @@ def test_usage_counts_the_latest_codes():
     """Codes 1 and 2 have left the window at last."""
     q = dar.Quantizer(10, 2)
     q.window = 6
-    shares = []
-    for codes in ([1, 2, 2], [3, 4, 4], [0, 0, 0]):
-        shares.append(q.usage(torch.tensor(codes)))
+    shares = [q.usage(torch.tensor(codes)) for codes in ([1, 2, 2], [3, 4, 4], [0, 0, 0])]
     assert shares == pytest.approx([0.2, 0.4, 0.3])
 
 
 def test_codes_are_found_in_true_float32():
-    """Under bf16 autocast and TF32, `encode` is exact, and in training the nearest-code product."""
+    """Under bf16 autocast and TF32, also if the sampler has cast weights. In training it is only
+    the product that finds the nearest code."""
     t = tokenizer()
     exact = t.encode(images(4))
+    common.cast_once(*t.sampled())
     codewords = t.quantizer.codewords
-    precisions = Spy(torch.get_float32_matmul_precision)
-    t.quantizer.codewords = lambda: precisions() and codewords()
-    before = torch.get_float32_matmul_precision()
+    precisions = []
+    t.quantizer.codewords = lambda: precisions.append(precision()) or codewords()
+    precision = torch.get_float32_matmul_precision
     torch.set_float32_matmul_precision("high")
     with torch.autocast("cpu", torch.bfloat16):
         codes = t.encode(images(4))
         t(images(4))
-    torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision("highest")
     assert torch.equal(codes, exact)
-    assert precisions.results == ["highest"] * 3 + ["high"]  # the last one looks codes up
+    assert precisions == ["highest", "highest", "highest", "high"]  # the last one looks codes up
 
 
-def test_perceptual_losses_have_the_weights_of_equation_7(monkeypatch):
+def test_perceptual_losses_have_the_weights_of_equation_7():
     """Two weights that change places, or a term that is left out, change the sum."""
-    lpips = Spy(lambda x, y, dropout: (x - y).mean((2, 3)).T)
-    dino = Spy(lambda x: torch.ones(2, 256, 768))
-    monkeypatch.setattr(dar, "load_lpips", lambda device: lpips)
-    monkeypatch.setattr(dar, "load_dino", lambda device: dino)
     t = Tokenizer(WITH_REPA)
-    t.ready(Config(lpips_weight=0.5, repa_weight=0.25))
-    out = t(images(2, 64))
-    parts = out["flow"] + out["codebook"] + out["commitment"] + 0.5 * out["lpips"]
-    close(out["loss"], parts + 0.25 * out["repa"], 1e-6)
+    t.loss_config = Config(lpips_weight=0.5, repa_weight=0.25)
+    t.lpips = lambda x, y, dropout: (x - y).mean((2, 3)).T
+    t.dino = lambda x: torch.ones(2, 256, 768)
+    loss, flow, codebook, commitment, lpips, repa, *_ = t(images(2, 64)).values()
+    close(loss, flow + codebook + commitment + 0.5 * lpips + 0.25 * repa, 1e-6)
 
 
-def test_without_perceptual_losses_every_parameter_has_a_gradient():
-    """Distributed training waits for all of them."""
+def test_idle_parameters_are_announced():
+    """Distributed training waits for a gradient of every parameter, unless it is told."""
     t = Tokenizer(WITH_REPA)
+    t.ready(CONFIG)
     t(images(2, 64))["loss"].backward()
-    assert all(p.grad is not None for p in t.parameters())
+    idle = [name for name, p in t.named_parameters() if p.grad is None]
+    assert t.idle_parameters
+    assert all(name.startswith("pixels.repa.") for name in idle)
 
 
 def test_lpips_dropout_is_off_in_evaluation():
     """Validation losses would be noisy."""
     t = Tokenizer(SMALL)
-    t.lpips = Spy(lambda x, y, dropout: torch.zeros(5, 2))
+    t.lpips = lambda x, y, dropout: torch.full((5, 2), dropout)
     t.loss_config = Config()
-    t.train()(images(2))
-    t.eval()(images(2))
-    assert [dropout for _, _, dropout in t.lpips.args] == [0.5, 0.0]
+    assert t.train()(images(2))["lpips"] == 2.5
+    assert t.eval()(images(2))["lpips"] == 0
 
 
-def test_features_of_zero_have_a_finite_gradient():
-    """The length of a vector has an infinite slope there."""
-    x = torch.zeros(1, 3, 2, 2, requires_grad=True)
-    dar.unit_length(x).sum().backward()
-    assert x.grad.isfinite().all()
+def test_lpips_convolutions_are_in_channels_last(monkeypatch):
+    """Others are slower on a GPU. The classifier is left out."""
+    layers = dict.fromkeys(["features.0.weight", "classifier.0.weight"], torch.zeros(2, 3, 3, 3))
+    monkeypatch.setattr(dar, "published", lambda *args: layers)
+    [weights] = dar.load_lpips("cpu").args
+    [weight] = weights.values()
+    assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_missing_networks_are_one_line(tmp_path, monkeypatch):
-    """It names the file, where to put it and the switch that does without."""
-    def offline(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    """It names the file or repository, and the switch that does without."""
+    offline = mock.Mock(side_effect=OSError("no network"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(torch.hub, "load", offline)
-    words = "checkpoints/vgg16-397923af.pth.* --set lpips_weight=0 repa_weight=0$"
-    with pytest.raises(UserError, match=f"^[^\n]*{tmp_path}/{words}"):
-        tokenizer().ready(Config(repa_weight=0.0))
+    with pytest.raises(UserError, match="vgg16-397923af.pth .*--set lpips_weight=0 repa_weight=0"):
+        dar.load_lpips("cpu")
     torch.save({}, tmp_path / "checkpoints" / "dinov2_vitb14_pretrain.pth")
-    with pytest.raises(UserError, match="facebookresearch/dinov2 .* --set repa_weight=0"):
+    with pytest.raises(UserError, match="facebookresearch/dinov2 .*--set repa_weight=0"):
         dar.load_dino("cpu")
-
-
-def test_repa_refuses_grids_that_do_not_pool():
-    """DINO has 16 patches a side."""
-    with pytest.raises(UserError, match="16 patches a side .here 4"):
-        tokenizer().ready(Config())
 
 
 # --- Streaming ------------------------------------------------------------------------------------
@@ -223,20 +216,15 @@ def test_streaming_is_decoding_afterwards(steps):
     noise = Noise(0, range(3))
     start = noise.normal((3, 16, 16))
     *_, codes = model.stream(torch.tensor([0, 3, 5]), noise)
-    afterwards = t.decode(codes, start, steps=steps).clamp(-1, 1)
-    close(streamed, afterwards)
+    close(streamed, t.decode([codes], replay(start), steps=steps))
 
 
 def test_previews_come_before_the_later_tokens():
-    """A preview follows each group of three tokens at once."""
+    """A preview follows each group of three tokens at once, not sooner."""
     model = llama()
     model.step = Spy(model.step)
     counts = []
-
-    def show(x):
-        counts.append(len(model.step.args))
-
-    generate(model, tokenizer(), [1], on_step=show)
+    generate(model, tokenizer(), [1], on_step=lambda x: counts.append(len(model.step)))
     assert counts == [3, 6, 9, 12]
 
 
@@ -246,58 +234,61 @@ def test_images_from_the_first_tokens_are_the_previews():
     t = tokenizer()
     previews = []
     generate(model, t, [0, 3], on_step=previews.append)
-    for n, k in ((3, 0), (6, 1), (8, 1), (12, 3)):
+    for n, k in ((3, 0), (8, 1)):
         image = generate(model, t, [0, 3], tokens=n)
-        assert torch.equal(image, previews[k]), n
+        assert torch.equal(image, previews[k].clamp(-1, 1)), n
 
 
 def test_an_image_does_not_depend_on_its_batch():
     """Noise or caches that are shared between images show."""
     model = llama()
     t = tokenizer()
-    labels = [0, 3, 5, 1]
-    together = generate(model, t, labels)
-    for k, label in enumerate(labels):
-        close(generate(model, t, [label], first=k), together[k:k + 1], 1e-4)
+    together = generate(model, t, [0, 3, 5])
+    alone = [generate(model, t, [label], first=k) for k, label in enumerate([0, 3, 5])]
+    close(torch.cat(alone), together, 1e-4)
 
 
-def test_a_prefix_picture(tmp_path):
-    """All of its tokens make its reconstruction, whose distance to the picture is a fact."""
+def test_the_distance_to_the_picture_of_the_prefix_is_a_fact(tmp_path):
+    """The root of the mean square, over all pixels."""
     file = tmp_path / "x.png"
     common.draw_shape(0, 16).save(file)
     x = common.to_float(common.load_picture(file, 16))[None]
-    t = tokenizer()
-    noise = Noise(0, [0])
-    image, facts = dar.generate(llama(), t, torch.tensor([0]), noise, prefix_image=file,
-                                prefix_tokens=12)
-    close(image, t.reconstruct(x, Noise(0, [0])), 1e-4)
+    image, facts = dar.generate(llama(), tokenizer(), torch.tensor([0]), Noise(0, [0]),
+                                prefix_image=file, prefix_tokens=3)
     close(facts["distance_to_reference"], (image - x).square().mean().sqrt()[None])
 
 
 # --- The AR model ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("cfg", [(1.0, 1.0), (2.5, 2.5), (1.0, 3.0), (0.0, 0.0)])
+@pytest.mark.parametrize("cfg", [(1.0, 1.0), (1.0, 3.0), (0.0, 0.0)])
 def test_cached_sampling_is_plain_sampling(monkeypatch, cfg):
     """The same probabilities at every position: a wrong place in the cache or mask shows."""
     draw = Spy(dar.draw_token)
     monkeypatch.setattr(dar, "draw_token", draw)
     model = llama()
     labels = torch.tensor([0, 4, 5])
-    *_, codes = model.stream(labels, Noise(0, range(3)), cfg=cfg)
-    plain_codes = plain.llama_sample(model, labels, Noise(0, range(3)), cfg=cfg)
-    assert torch.equal(codes, plain_codes)
-    probs = torch.stack([probs for probs, _ in draw.args])
+    list(model.stream(labels, Noise(0, range(3)), cfg=cfg))
+    plain.llama_sample(model, labels, Noise(0, range(3)), cfg=cfg)
+    probs = torch.stack([args[0] for args, _ in draw])
     close(probs[:12], probs[12:])
+
+
+@pytest.mark.parametrize("filters", [{"temperature": 0.0}, {"top_k": 1}])
+def test_filters_act_by_default_and_by_option(filters):
+    """Each leaves the most likely token only: other noise gives the same tokens."""
+    *_, by_default = llama(**filters).stream(torch.tensor([0]), Noise(0, [0]))
+    *_, by_option = llama().stream(torch.tensor([0]), Noise(1, [0]), **filters)
+    assert torch.equal(by_default, by_option)
 
 
 def test_compiled_sampling_is_eager_sampling(traced):
     """Other labels, scales or numbers of tokens make no further graph: one for each step."""
     model = llama()
     t = tokenizer()
-    expected = generate(model, t, [0, 1, 2], cfg=3.0)
+    expected = generate(model, t, [0, 1, 2])
     dar.compile_steps(model, t)
-    generate(model, t, [2, 1, 0], tokens=5, cfg=1.5)
-    close(generate(model, t, [0, 1, 2], cfg=3.0), expected)
+    generate(model, t, [2, 1, 0], tokens=5, cfg=(1.0, 2.5))
+    close(generate(model, t, [0, 1, 2]), expected)
     assert len(traced) == 2
 
 
@@ -307,13 +298,9 @@ def test_the_compiled_step_writes_whole_caches_in_place(traced):
     dar.compile_steps(model, tokenizer())
     list(model.stream(torch.tensor([0, 1]), Noise(0, range(2))))
     [graph] = traced
-    nodes = graph.graph.nodes
-    writes = [node for node in nodes if node.target == "index_copy_"]
-    caches = {write.args[0] for write in writes}
-    assert len(writes) == len(caches) == 2 * CONFIG.depth
+    caches = {node.args[0] for node in graph.graph.nodes if node.target == "index_copy_"}
+    assert len(caches) == 2 * CONFIG.depth
     assert all(cache.op == "placeholder" and len(cache.users) == 1 for cache in caches)
-    others = {str(node.target) for node in nodes} - {"index_copy_"}
-    assert not [name for name in others if "copy" in name or "scatter" in name]
 
 
 def test_tokens_are_drawn_with_their_probabilities():
@@ -322,58 +309,56 @@ def test_tokens_are_drawn_with_their_probabilities():
     u = (torch.arange(1000) + 0.5) / 1000
     counts = dar.draw_token(probs.expand(1000, -1), u).bincount(minlength=6)
     assert counts.tolist() == pytest.approx([0, 200, 0, 500, 300, 0], abs=1)
-    ends = torch.tensor([0.0, 1 - 2**-24])
-    assert dar.draw_token(probs.expand(2, -1), ends).tolist() == [1, 4]
+    assert dar.draw_token(probs.expand(2, -1), torch.tensor([0.0, 1.0])).tolist() == [1, 4]
+
+
+def test_sums_that_waver_draw_no_impossible_token(monkeypatch):
+    """On CUDA a cumulative sum may grow where zero is added."""
+    sums = torch.tensor([[0.5, 0.6, 1.0]])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda probs, dim: sums)
+    assert dar.draw_token(torch.tensor([[0.5, 0.0, 0.5]]), torch.tensor([0.55])) == 2
 
 
 def test_labels_are_dropped_at_the_asked_rate_in_training_alone():
     """Guidance needs a model that was also trained without labels."""
     model = llama(label_drop=0.3)
-    model.logits = Spy(lambda codes, labels: torch.zeros(*codes.shape, 32))
-    codes = torch.zeros(4000, 12, dtype=torch.long)
+    model.logits = Spy(lambda codes, labels: torch.zeros(4000, 1, 32))
+    codes = torch.zeros(4000, 1, dtype=torch.long)
     model.train()(codes, codes[:, 0])
     model.eval()(codes, codes[:, 0])
-    dropped = [(labels == 5).float().mean() for _, labels in model.logits.args]
+    dropped = [(args[1] == 5).float().mean() for args, _ in model.logits]
     assert dropped == pytest.approx([0.3, 0.0], abs=0.03)
 
 
 # --- Sizes, recipes, options, files ---------------------------------------------------------------
 
 def test_published_sizes_have_the_published_parameters():
-    """To the last parameter, as computed for the released models; 300M without the REPA head."""
+    """To the last parameter, as computed for the released models."""
     with torch.device("meta"):
         models = [Llama(dar.PRESETS[name]) for name in ("b", "l", "xl", "xxl")]
-        for config in (TokenizerConfig(), TokenizerConfig(repa_layer=0), dar.ABLATION_TOKENIZER):
+        for config in (TokenizerConfig(), dar.PRESETS["b"].tokenizer):
             models.append(Tokenizer(config))
     assert [sum(p.numel() for p in model.parameters()) for model in models] == [
-        110888448, 342910976, 774699520, 1410972672, 307444672, 300099776, 113433536]
+        110888448, 342910976, 774699520, 1410972672, 307444672, 113433536]
 
 
 @pytest.mark.parametrize("size,batch,steps,epochs,scale", [
-    ("b", 256, 50_000, 50, 8.0),
-    ("l", 1024, 210_000, 300, 8.0),
-    ("xl", 1024, 210_000, 300, 10.0),
-    ("xxl", 1024, 210_000, 300, 10.0)])
+    ("b", 256, 50_000, 50, 8.0), ("xxl", 1024, 210_000, 300, 10.0)])
 def test_recipes_and_defaults_are_the_papers(size, batch, steps, epochs, scale):
     """Sec. 5, and App. III for the smallest one, which is sampled there without guidance."""
     first, second = (stage.recipes[size] for stage in dar.STAGES)
-    assert first.batch == batch
+    assert (first.lr, first.batch, first.weight_decay, first.ema) == (2e-4, batch, 0.0, 0.999)
     assert first.epochs * 1281167 / batch == pytest.approx(steps)
-    assert (first.lr, first.weight_decay, first.ema) == (2e-4, 0.0, 0.999)
     assert (second.lr, second.batch, second.epochs) == (4e-4, 1024, epochs)
     assert (second.betas, second.weight_decay) == ((0.9, 0.95), 0.05)
-    assert second.decay == pytest.approx(50 / 300)
-    assert second.final * second.lr == pytest.approx(1e-5)
+    assert (second.decay, second.final * second.lr) == pytest.approx((50 / 300, 1e-5))
     c = dar.PRESETS[size]
     assert (c.cfg, c.lpips_weight, c.repa_weight) == ((1.1, scale), 0.5, 0.5)
-    t = c.tokenizer
-    assert (t.queries, t.groups, t.beta, t.solver) == (256, 8, 2.0, "adams")
 
 
 @pytest.mark.parametrize("change", [
     "tokenizer.queries=13", "tokenizer.dim=100", "tokenizer.patch=5", "tokenizer.patch=0",
-    "tokenizer.solver=rk4", "tokenizer.times=log", "tokenizer.beta=0", "crops=3", "cfg=1",
-    "heads=5", "heads=0"])
+    "tokenizer.solver=rk4", "tokenizer.times=log", "crops=3", "cfg=1", "heads=5", "heads=0"])
 def test_impossible_configurations_are_refused(change):
     """In one line, before anything is built."""
     with pytest.raises(UserError):
@@ -387,14 +372,9 @@ def test_the_tokenizers_image_size_follows():
 
 @pytest.mark.parametrize("options,words", [
     ({"temperature": -1.0}, "temperature"),
-    ({"top_p": 0.0}, "top_p"),
     ({"top_k": -1}, "top_k"),
     ({"steps": -1}, "steps"),
-    ({"solver": "rk4"}, "solver"),
-    ({"tokens": 2}, "3 .one group. to 12"),
-    ({"prefix_image": "x.png"}, "together"),
-    ({"prefix_tokens": 1}, "together"),
-    ({"prefix_image": "x.png", "prefix_tokens": 13}, "has 12 tokens")])
+    ({"tokens": 13}, "3 .one group. to 12")])
 def test_impossible_options_are_refused(options, words):
     """In one line that names the option."""
     with pytest.raises(UserError, match=words):
@@ -409,13 +389,12 @@ def test_another_tokenizer_than_the_models_is_refused():
 
 
 def test_files_that_do_not_fit_are_named(tmp_path):
-    """Missing entries, other files, and a damaged tokenizer of ours."""
-    state = llama(heads=1).state_dict()
+    """Missing entries, and a damaged tokenizer of ours."""
+    state = llama().state_dict()
     del state["norm.weight"]
-    for content, words in ((state, "missing norm.weight"), ({}, "not a D-AR checkpoint"),
-                           ({"stage": "tokenizer", "config": 0}, "not a tokenizer")):
+    for content, words in ((state, "norm.weight"), ({"stage": "tokenizer"}, "not a D-AR")):
         torch.save(content, tmp_path / "x.pt")
-        with pytest.raises(UserError, match=f"x.pt.* {words}"):
+        with pytest.raises(UserError, match=f"x.pt.*{words}"):
             dar.load_tokenizer(tmp_path / "x.pt")
 
 
@@ -423,13 +402,12 @@ def test_files_that_do_not_fit_are_named(tmp_path):
 
 def test_ten_crops_and_their_places():
     """Corners, centre, mirrored, of the picture at 1.1 times the size."""
-    pixels = np.random.default_rng(0).integers(256, size=(35, 35, 3)).astype(np.uint8)
-    picture = common.Image.fromarray(pixels)
-    views = [np.asarray(view) for view in dar.ten_crops(picture, 32, None)]
+    picture = common.draw_shape(0, 35)
+    views = dar.ten_crops(picture, 32, None)
     assert len(views) == 10
-    assert np.array_equal(views[3], pixels[3:, 3:])
-    assert np.array_equal(views[4], pixels[1:33, 1:33])
-    assert np.array_equal(views[9], views[4][:, ::-1])
+    assert views[3] == picture.crop((3, 3, 35, 35))
+    assert views[4] == picture.crop((1, 1, 33, 33))
+    assert views[9] == common.mirror(views[4])
 
 
 def test_random_scale_crops_stay_inside_and_vary():
@@ -437,11 +415,8 @@ def test_random_scale_crops_stay_inside_and_vary():
     picture = common.Image.linear_gradient("L").rotate(90).convert("RGB")
     spans = []
     for k in range(100):
-        views = dar.random_scale_crop(picture, 32, np.random.default_rng(k))
-        crop, mirrored = map(np.asarray, views)
-        assert crop.shape == (32, 32, 3)
-        assert np.array_equal(crop[:, ::-1], mirrored)
-        row = crop[16, :, 0].astype(int)
-        spans.append(abs(row[-1] - row[0]))
-    assert max(spans) > 240
-    assert 150 < min(spans) < 205
+        crop, mirrored = dar.random_scale_crop(picture, 32, np.random.default_rng(k))
+        assert crop.size == (32, 32)
+        assert mirrored == common.mirror(crop)
+        spans.append(crop.getpixel((31, 16))[0] - crop.getpixel((0, 16))[0])
+    assert 150 < min(spans) < 205 < 240 < max(spans)
