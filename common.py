@@ -640,7 +640,7 @@ def pictures_by_class(path):
         top_folder = os.path.relpath(at, path).split(os.sep)[0]
         for name in names:
             file = Path(at, name)
-            if file.suffix.lower() in ENDINGS and file.is_file():
+            if file.suffix.lower() in ENDINGS and name[0] != "." and file.is_file():
                 classes.setdefault(top_folder, []).append(file)
     return classes
 
@@ -752,12 +752,6 @@ def random_square(image, size, rng):
     side = min(image.size)
     left, top = rng.integers(np.subtract(image.size, side - 1))
     return [cut(image, side, left, top).resize((size, size), Image.BICUBIC)]
-
-
-def random_square_and_mirror(image, size, rng):
-    """Views: random_square and its mirror image."""
-    [square] = random_square(image, size, rng)
-    return [square, mirror(square)]
 
 
 def polar(n, radii, shift=0):
@@ -1064,11 +1058,12 @@ class Stage:
     adapt: Callable = lambda config: config  # the preset's config -> the config of this stage
 
 
-def vae_stage(views):
+def vae_stage():
     """Return the stage that trains a KL-VAE. Only `tiny` trains its own: see load_vae."""
     recipe = Recipe(lr=3e-3, batch=16, epochs=0.8, warmup=0.03, decay=0.4, betas=(0.9, 0.99),
                     weight_decay=0.0, clip=1.0, ema=0.99)
-    return Stage("vae", lambda config: KLVAE(config.vae), {"tiny": recipe}, views, load=load_vae)
+    return Stage("vae", lambda config: KLVAE(config.vae), {"tiny": recipe},
+                 lambda config: random_square, load=load_vae)
 
 
 def check_vae(model, vae):

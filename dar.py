@@ -415,12 +415,13 @@ class Tokenizer(nn.Module):
         return plain_norm(x[:, P:])
 
     def encode(self, images):
-        """Return codes (B, N) of images (B, 3, h, w), int32.
+        """Return codes (B, N) of images (B, 3, h, w), as small integers.
 
         Always in true float32: with less precision the nearest code is often another one.
         """
         with torch.autocast(images.device.type, enabled=False), common.true_float32():
-            return self.quantizer(self.to_code(self.features(images)))[1].int()    # Eq. 1
+            codes = self.quantizer(self.to_code(self.features(images)))[1]         # Eq. 1
+        return codes.to(torch.int16 if self.config.codebook <= 2**15 else torch.int32)
 
     def codes(self, stored):
         """Return what `encode` made as the AR model takes it."""
@@ -836,8 +837,7 @@ def check(model, tokenizer):
     has, needs = tokenizer.config, model.config.tokenizer
     for name in ("queries", "codebook", "image_size"):
         if getattr(has, name) != getattr(needs, name):
-            raise UserError(f"the tokenizer has {name} {getattr(has, name)}, the model needs"
-                            f" {getattr(needs, name)}")
+            raise UserError(f"the model was trained with a tokenizer of another {name}")
 
 
 # --- Stages: what is trained, in order, and how ---------------------------------------------------
@@ -926,6 +926,14 @@ mlp\.fc2                        -> mlp.2
 ^tok_embeddings                 -> token_embed
 \.(attention|feed_forward)\.w   -> .w
 """
+# Entry of a tokenizer -> the fields that its shape tells; "_" is none.
+SHAPES = """
+patchify.weight            -> dim _ patch
+query_table.weight         -> query_rows query_rank
+quantizer.embedding.weight -> codebook code_dim
+from_code.weight           -> decoder_dim
+pixels.input.weight        -> pixel_dim
+"""
 # Field of the released configuration of a tokenizer -> ours, where shapes do not tell.
 FIELDS = """
 sampling_resolution -> image_size
@@ -975,17 +983,15 @@ def from_released(state, released, path="the checkpoint", **overrides):
         for name in ("to_code.weight", "from_code.weight", "pixels.input.weight",
                      "pixels.output.weight"):
             state[name] = state[name].flatten(1)            # a 1x1 convolution is a linear layer
-        dim, _, patch, _ = state["patchify.weight"].shape
-        query_rows, query_rank = state["query_table.weight"].shape
-        codebook, code_dim = state["quantizer.embedding.weight"].shape
-        pixel_dim, channels = state["pixels.input.weight"].shape
         fields = dict(
-            dim=dim, patch=patch, query_rows=query_rows, query_rank=query_rank, codebook=codebook,
-            code_dim=code_dim, decoder_dim=len(state["from_code.weight"]), pixel_dim=pixel_dim,
-            pixel_patch=math.isqrt(channels // 3),
+            pixel_patch=math.isqrt(state["pixels.input.weight"].shape[1] // 3),
             depth=len(common.numbered(state, r"encoder_layers\.(\d+)")),
             decoder_depth=len(common.numbered(state, r"decoder_layers\.(\d+)")),
             pixel_depth=len(common.numbered(state, r"pixels\.blocks\.(\d+)")))
+        for line in SHAPES.strip().splitlines():
+            name, _, *axes = line.split()
+            fields.update(zip(axes, state[name].shape))
+        del fields["_"]
         released = released | released.get("diff_decoder", {})
         for line in FIELDS.strip().splitlines():
             theirs, _, ours = line.split()
@@ -1011,14 +1017,11 @@ def main():
         for name, c in PRESETS.items():
             print(f"{name:5s} {parameters(Llama(c)):14,d} {PUBLISHED.get(name, '-'):>10s}"
                   f" {parameters(Tokenizer(c.tokenizer)):14,d}")
-    config = PRESETS["tiny"]
-    tokenizer = Tokenizer(config.tokenizer)
-    images = torch.rand(2, 3, 32, 32)
-    print("\nTokenizer.forward of images (2, 3, 32, 32)")
-    print(f"  loss {common.walk(tokenizer, images)['loss'].item():.3f}")
-    codes = tokenizer.encode(images).long()
-    print("\nLlama.forward of codes (2, 64) and labels (2,)")
-    print(f"  loss {common.walk(Llama(config), codes, torch.tensor([0, 1]))['loss'].item():.3f}")
+    print("\nTiny: images (2, 3, 32, 32) through Tokenizer.forward")
+    common.walk(Tokenizer(PRESETS["tiny"].tokenizer), torch.rand(2, 3, 32, 32))
+    print("\nTiny: codes (2, 64) and labels (2,) through Llama.forward")
+    codes = torch.zeros(2, 64, dtype=torch.long)
+    common.walk(Llama(PRESETS["tiny"]), codes, torch.arange(2))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -53,7 +52,6 @@ KEEP = 100_000   # images of a set; the features of a larger one are not kept, b
 DATA_SETS = ("shapes", *common.NAMED)
 STORED = ("mu", "sigma", "mu_s", "sigma_s",                           # of every tool
           "n", "features", "rows", "logits", "labels")                # and of --save-stats
-META = ("checkpoint", "step", "weights", "cfg", "steps", "seed")      # what is told of sample.py
 
 
 # --- The network ----------------------------------------------------------------------------------
@@ -267,13 +265,11 @@ def root(covariance):
 def frechet(m1, s1, m2, s2):
     """Return |m1 - m2|^2 + Tr (s1 + s2 - 2 (s1 s2)^(1/2)) of means (d,) and covariances (d, d).
 
-    With s1 = R R^T and s2 = S S^T, the eigenvalues of s1 s2, which are never negative, are those of
-    M^T M with M = S^T R, and zeros.
+    With s1 = R R^T and s2 = S S^T, the eigenvalues of s1 s2 are those of M^T M with M = S^T R, and
+    zeros: the trace of the root is the sum of the singular values of M.
     """
     m1, s1, m2, s2 = [np.asarray(part, np.float64) for part in (m1, s1, m2, s2)]
-    R, S = sorted([root(s1), root(s2)], key=np.size)
-    M = S.T @ R
-    trace_root = np.sqrt(np.linalg.eigvalsh(M.T @ M).clip(0)).sum()
+    trace_root = np.linalg.norm(root(s2).T @ root(s1), "nuc")
     return ((m1 - m2) ** 2).sum() + np.trace(s1 + s2) - 2 * trace_root
 
 
@@ -321,8 +317,7 @@ def squared_distances(a, b):
 def radii(x):
     """Return the squared distance of each row to its third nearest other row, block by block."""
     # The nearest of all is the row itself.
-    parts = [squared_distances(rows, x).kthvalue(4).values for rows in x.split(512)]
-    return torch.cat(parts)
+    return torch.cat([squared_distances(rows, x).kthvalue(4).values for rows in x.split(512)])
 
 
 def inside(x, centres, squared_radii):
@@ -354,7 +349,7 @@ class Source:
     def __init__(self, path, size=None, data_root="data"):
         name, _, split = str(path).partition(":")
         self.named = name if name in DATA_SETS and split in ("", "train", "test") else None
-        self.path = Path(path)
+        self.path = Path(data_root, name) if self.named else Path(path)
         self.size = size or (32 if self.named else 0)
         self.data = None
         self.statistics = {}
@@ -376,7 +371,7 @@ class Source:
         """Return the path of a file about this set, which is in a folder or beside a file."""
         if self.path.is_dir():
             return self.path / name
-        return self.path.with_name(self.path.name.replace(":", "-")).with_suffix(f".{name}")
+        return self.path.with_suffix(f".{name}")
 
     def open_file(self):
         """Read images, statistics or both from an .npz, or statistics from a checkpoint."""
@@ -443,7 +438,7 @@ def stored_images(archive):
         f.seek(entry.header_offset + f.read(2**10).index(npy.MAGIC_PREFIX))
         npy.read_magic(f)
         shape, fortran, dtype = npy.read_array_header_1_0(f)
-        if dtype == np.uint8 and not fortran:
+        if dtype == np.uint8 and not fortran:  # mapped objects would be pointers
             return np.memmap(f, dtype, "r", f.tell(), shape)
     return archive["arr_0"]
 
@@ -481,26 +476,22 @@ def load_classifier(reference, data_root, device):
 
     It is trained once and kept beside the reference. Raise UserError if there are no two classes.
     """
-    labels = reference.data.labels if reference.data else np.zeros(1)
-    if not 0 <= labels.min() < labels.max() < 10**5:
+    data = reference.data
+    if not data or not 0 <= data.labels.min() < data.labels.max() < 10**5:
         raise UserError(f"--features classifier: {reference.path} has no labels of two classes:"
                         " give a named data set, class folders, or an .npz with arr_1")
     if reference.named:
-        reference = Source(f"{reference.named}:train", reference.size, data_root)
+        data = common.load_data(reference.named, data_root, reference.size)
     side = max(8, min(64, reference.height()))
-    name = f"classifier-{reference.data.key}-{side}.pt"
-    if reference.named:
-        file = Path(data_root, reference.named, name)
-    else:
-        file = reference.path.resolve().with_suffix(f".{name}")
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        network = Classifier(int(labels.max()) + 1, side).to(device)
+    file = reference.beside(f"classifier-{data.key}-{side}.pt")
+    torch.manual_seed(0)
+    network = Classifier(int(data.labels.max()) + 1, side)
+    network.to(device, memory_format=torch.channels_last)
     with common.rank_zero_first():
         if file.exists():
             common.load_strict(network, common.read_checkpoint(file), file)
         else:
-            train_classifier(network, reference, device)
+            train_classifier(network, data, device)
             try:
                 common.save(file, network.state_dict())
             except UserError as error:
@@ -508,26 +499,21 @@ def load_classifier(reference, data_root, device):
     return network.eval()
 
 
-def train_classifier(network, reference, device):
-    """Train for three epochs, or 100 steps if that is more, on up to 60,000 images."""
-    n = len(reference.data.labels)
-    chosen = range(0, n, math.ceil(n / 60_000))
-    samples = common.Samples(reference.data, network.side, common.centre)
-    images = torch.stack([samples.view(0, i) for i in chosen])
-    images = images.to(memory_format=torch.channels_last)  # as `resize` has them
-    labels = torch.from_numpy(reference.data.labels[chosen])
-    epochs = max(3, math.ceil(100 / math.ceil(len(images) / 128)))
-    rng = torch.Generator().manual_seed(0)
-    orders = [torch.randperm(len(images), generator=rng) for _ in range(epochs)]
-    batches = [batch for order in orders for batch in order.split(128) if len(batch) > 1]
+def train_classifier(network, data, device):
+    """Train for at most 1400 steps, each on 128 random images."""
+    rng = np.random.default_rng(0)
+    samples = common.Samples(data, network.side, common.centre)
+    steps = min(1400, 100 + len(data.labels) // 40)
     optimizer = torch.optim.AdamW(network.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=len(batches))
-    bar = common.progress(len(batches), "training a classifier", "step")
-    with bar, common.true_float32():
-        for batch in batches:
-            logits = network(common.to_float(images[batch].to(device)))[1]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    with common.progress(steps, "training a classifier", "step") as bar, common.true_float32():
+        for _ in range(steps):
+            indices = rng.integers(len(data.labels), size=128)
+            images = torch.stack([samples.view(0, i) for i in indices]).to(device)
+            labels = torch.from_numpy(data.labels[indices]).to(device)
+            loss = F.cross_entropy(network(common.to_float(images))[1], labels)
             optimizer.zero_grad()
-            F.cross_entropy(logits, labels[batch].to(device)).backward()
+            loss.backward()
             optimizer.step()
             schedule.step()
             bar.update()
@@ -597,7 +583,7 @@ class Evaluator:
     def extract(self, features, images, labels):
         """Add uint8 images (B, H, W, 3), or a list of (H, W, 3), and labels (B,) to a Features."""
         inputs = []
-        with common.true_float32(), torch.autocast(self.device.type, enabled=False):
+        with common.true_float32():
             for _, equal in itertools.groupby(images, np.shape):
                 inputs.append(self.resize(torch.stack([*equal]).to(self.device)))
             arrays = [output.cpu().numpy() for output in self.network(torch.cat(inputs))]
@@ -647,10 +633,6 @@ class Evaluator:
                         raise ValueError(f"mu{end}: not finite, or not of {width} features")
         return side
 
-    def measure(self, features):
-        """Return the numbers of a Features, gathered over the ranks: see `compare`."""
-        return self.compare(features.gathered())
-
     def compare(self, samples):
         """Return all numbers that the reference and the samples allow.
 
@@ -695,32 +677,32 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("samples", metavar="SAMPLES", help="folder, .npz, statistics or data set")
-    add("reference", metavar="REFERENCE", nargs="?", help="the same kinds")
-    add("--save-stats", metavar="FILE.npz",
-        help="write the statistics of SAMPLES, and their features for precision, recall and IS")
+    add("samples", help="folder, .npz, statistics or data set")
+    add("reference", nargs="?", help="the same kinds")
+    add("--save-stats", help="write an .npz: the statistics of the samples, and their features")
     add("--features", choices=["inception", "classifier"], default="inception",
         help="classifier: a small one, trained on the reference's labels")
     add("--resize", choices=RESIZE, default="tf1",
         help="tf1 (default): torch-fidelity and ADM suite; pytorch: pytorch-fid, as MADFormer")
-    add("--weights", metavar="FILE",
-        help="Inception (default: FID_WEIGHTS, torch.hub's folder, else downloaded)")
-    add("--image-size", type=common.positive, metavar="PIXELS",
-        help="centre crop of pictures of other sizes"
-        " (default: SAMPLES stay as they are, REFERENCE takes their size)")
+    add("--weights",
+        help="file of Inception (default: FID_WEIGHTS, torch.hub's folder, else downloaded)")
+    add("--image-size", type=common.positive,
+        help="pixels; centre crop of pictures of other sizes"
+        " (default: samples stay as they are, the reference takes their size)")
     add("--data-root", default="data", help="where data sets are, or are downloaded to")
     add("--batch-size", type=common.positive, default=128)
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     args = parser.parse_args()
     if not args.reference and (args.features == "classifier" or not args.save_stats):
         parser.error("give a REFERENCE; only --save-stats of Inception's features needs none")
-    if args.save_stats and Path(args.save_stats).resolve() == Path(args.samples).resolve():
+    if args.save_stats == args.samples:
         parser.error("--save-stats writes a new file")
     return args
 
 
 def main():
-    """Compare two sets, print the numbers, and write them beside the samples."""
+    """Compare two sets. Print the numbers, and write them beside the samples, with the settings of
+    sample.py if it made these."""
     args = arguments()
     process = common.launch(args.device)
     samples = Source(args.samples, args.image_size, args.data_root)
@@ -729,22 +711,20 @@ def main():
                           size=size, data_root=args.data_root, batch=args.batch_size,
                           device=process.device)
     side = evaluator.side(samples)
-    if process.rank == 0 and args.save_stats:
-        arrays = {name: side[name] for name in STORED if name in side}
+    if process.rank > 0:
+        return
+    if args.save_stats:
         with common.atomic(args.save_stats) as f:
-            np.savez(f, **arrays)
+            np.savez(f, **side)
         print(f"wrote {args.save_stats}: {evaluator.name} of {side['n']:,} images")
-    if process.rank == 0 and args.reference:
-        content = {**evaluator.compare(side), "features": evaluator.name, "image_size": size,
+    if args.reference:
+        numbers = {**evaluator.compare(side), "features": evaluator.name, "image_size": size,
                    "samples": args.samples, "reference": args.reference}
-        content |= {name: samples.meta[name] for name in META if name in samples.meta}
-        print(describe(content))
+        print(describe(numbers))
         file = samples.beside("fid.json")
         with common.atomic(file) as f:
-            f.write(json.dumps({**content, "torch": torch.__version__}, indent=1).encode())
+            f.write(json.dumps({**samples.meta, **numbers}, indent=1).encode())
         print(f"wrote {file}")
-    if process.world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -728,8 +728,6 @@ def generate(model, vae, labels, noise, *, on_step=None, nfe=None, **options):
     """
     c = model.config
     if nfe is not None:
-        if "steps" in options:
-            raise UserError("--nfe and --steps: give one of them")
         options["steps"] = c.steps_within(nfe)
     steps = options.get("steps", c.steps)
     every = 1 + c.ar_length * steps // 24
@@ -755,11 +753,6 @@ def compile_steps(model, vae):
 check = common.check_vae
 
 
-def vae_views(config):
-    """Crops that the VAE is trained on."""
-    return common.random_square
-
-
 def model_views(config):
     """Crops whose latents the model is trained on."""
     return common.centre
@@ -773,7 +766,7 @@ RECIPES = {
     "tiny": replace(WSD, lr=3e-3, batch=32, epochs=2, decay=0.4, ema=0.998),
     "ffhq": WSD,
     "imagenet": replace(WSD, batch=256, epochs=250_000 * 256 / IMAGENET)}
-STAGES = [common.vae_stage(vae_views),
+STAGES = [common.vae_stage(),
           Stage("madformer", MADFormer, RECIPES, model_views, first_stage="vae")]
 
 
@@ -858,8 +851,7 @@ def main():
               f"{c.tokens:6d} {count:15,d}  {PUBLISHED.get(name, '-'):>9s}")
     print("\nTiny: latents (2, 16, 8, 8) and labels (2,) through MADFormer.forward")
     model = MADFormer(PRESETS["tiny"])
-    loss = common.walk(model, torch.randn(2, 16, 8, 8), torch.arange(2))["loss"]
-    print(f"  loss {loss.item():.3f}")
+    common.walk(model, torch.randn(2, 16, 8, 8), torch.arange(2))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ import common
 from common import UserError
 
 STRIPS = 16  # images at most in a picture of steps
+FRAMES = 48  # of a GIF, at most
 
 
 def arguments():
@@ -62,8 +64,11 @@ def arguments():
     args = parser.parse_args()  # ends here without a model
     options = {key: value for key, value in vars(args).items() if key in model_file.OPTIONS}
     args.ending = Path(args.out).suffix.lower()
+    is_picture = args.ending in common.ENDINGS
+    if args.stream and not is_picture:
+        parser.error("--stream writes a picture")
     has_steps = bool(args.stream or args.reconstruct or args.ending == ".gif")
-    args.shows_steps = args.ending in common.ENDINGS and has_steps
+    args.shows_steps = is_picture and has_steps
     return args, model_file, options
 
 
@@ -77,7 +82,7 @@ def main():
     prepare = reconstruction if args.reconstruct else generation
     job = prepare(args, process, model_file, options)
     n = len(job.labels)
-    about = {**vars(args), **job.about, "count": n, "precision": process.precision,
+    about = {**job.about, **vars(args), "count": n, "precision": process.precision,
              "torch": torch.__version__}
     digest = common.short_hash(json.dumps(about).encode())
     partial = out.with_name(f"{out.name}.{digest}.partial")
@@ -119,8 +124,6 @@ class Job:
                 inputs, noise, on_step=self.keep if self.args.shows_steps else None)
         del self.frames[-1:]  # the last estimate: the result takes its place
         self.keep(images)
-        if not images.isfinite().all():
-            raise UserError("the samples are not finite: try --precision fp32 or other options")
         return torch.stack(self.frames, 1), facts
 
     def keep(self, images):
@@ -265,12 +268,15 @@ def write(job, films, partial):
     if ending in common.ENDINGS:
         write_picture(job, torch.from_numpy(np.stack(films)))
     elif ending == ".npz":
-        shape = (len(films), *films[0].shape[2:], 3)  # on disk: it may not fit into memory
-        images = np.lib.format.open_memmap(partial / "images", "w+", np.uint8, shape)
-        for image, film in zip(images, films):
-            image[:] = film[-1].transpose(1, 2, 0)
-        with common.atomic(out) as f:
-            np.savez(f, images, job.labels)
+        shape = (len(films), *films[0].shape[2:], 3)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        with common.atomic(out) as f, zipfile.ZipFile(f, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as images:
+                np.lib.format.write_array_header_1_0(images, header)
+                for film in films:  # one by one: the set may not fit into memory
+                    images.write(film[-1].transpose(1, 2, 0).tobytes())
+            with archive.open("arr_1.npy", "w") as labels:
+                np.save(labels, job.labels)
     else:
         for k, label in enumerate(job.labels):
             picture = common.Image.fromarray(films[k][-1].transpose(1, 2, 0))
@@ -288,7 +294,8 @@ def write_picture(job, films):
     if columns > 32 or np.repeat(rows, columns).tolist() != names:
         columns, rows = 8, ()
     if args.ending == ".gif":
-        common.save_gif(args.out, [common.grid(step, columns, rows) for step in films.unbind(1)])
+        steps = films[:, ::-(-films.shape[1] // FRAMES)].unbind(1)
+        common.save_gif(args.out, [common.grid(step, columns, rows) for step in steps])
         return
     if args.shows_steps:
         films, columns, rows = films[:STRIPS], films.shape[1], names

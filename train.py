@@ -128,8 +128,6 @@ def main():
         if run.step < run.steps:
             train(run)
         print(f"stage {stage.name}: {run.step} steps are done, see {run.folder}")
-    if process.world > 1:
-        dist.destroy_process_group()
 
 
 def train(run):
@@ -317,7 +315,7 @@ def load_initial_weights(run):
     """Start from --init or from the stage before, if any, else from random weights."""
     args, stage = run.args, run.stage
     path = run.folder.with_name(stage.start) / "model.pt" if stage.start else None
-    if args.init and (args.stage == stage.name or not stage.start):
+    if args.init and (args.stage == stage.name or not (stage.start or stage.load)):
         path = args.init
     if not path:
         if getattr(run.network, "needs_weights", False):
@@ -484,7 +482,7 @@ def evaluate(run, evaluator):
     for indices in share.split(run.micro):
         images, labels = generated(run, indices, n)
         evaluator.extract(features, images.permute(0, 2, 3, 1), labels)
-    numbers = evaluator.measure(features)
+    numbers = evaluator.compare(features.gathered())
     if run.process.rank == 0:
         log(run, **numbers)
 

@@ -558,11 +558,6 @@ def compile_steps(model, vae):
 check = common.check_vae
 
 
-def vae_views(config):
-    """Crops that the VAE is trained on."""
-    return common.random_square_and_mirror if config.mirror else common.random_square
-
-
 def model_views(config):
     """Crops whose latents the model is trained on."""
     return common.centre_and_mirror if config.mirror else common.centre
@@ -579,7 +574,7 @@ PAPER_512 = Recipe(lr=1e-4, batch=2048, epochs=150, warmup=10 / 150, ema=0.999)
 TINY_MRAR = replace(TINY, lr=1e-3, batch=8, epochs=0.6)
 PAPER_MRAR = Recipe(lr=5e-5, batch=2048, epochs=40, warmup=10 / 40)
 STAGES = [
-    common.vae_stage(vae_views),
+    common.vae_stage(),
     Stage("1step", TransDiff,
           {"tiny": TINY, "b": PAPER, "l": PAPER, "h": PAPER, "l-512": PAPER_512},
           model_views, first_stage="vae"),
@@ -667,8 +662,7 @@ def main():
               f" {PUBLISHED.get(name, '-'):>10s}")
     print("\nTiny MRAR: latents (2, 4, 16, 8, 8) and labels (2,) through TransDiff.forward")
     model = TransDiff(mrar_config(PRESETS["tiny"]))
-    loss = common.walk(model, torch.randn(2, 4, 16, 8, 8), torch.arange(2))["loss"]
-    print(f"  loss {loss.item():.3f}")
+    common.walk(model, torch.randn(2, 4, 16, 8, 8), torch.arange(2))
 
 
 if __name__ == "__main__":

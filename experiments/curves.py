@@ -41,8 +41,9 @@ def main():
     if len(sys.argv) != 3:
         sys.exit("usage: python experiments/curves.py RUN PICTURE.png")
     logs = sorted(Path(sys.argv[1]).glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime)
+    logs = [path for path in logs if '"loss"' in path.read_text()]
     if not logs:
-        sys.exit(f"error: no stage in {sys.argv[1]} has a log.jsonl")
+        sys.exit(f"error: no stage in {sys.argv[1]} has a log.jsonl with a loss")
     panels = [panel(path.parent) for path in logs]
     sheet = Image.new("RGB", (WIDTH * len(panels), HEIGHT), "white")
     for k, picture in enumerate(panels):

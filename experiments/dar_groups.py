@@ -34,7 +34,8 @@ def measure(tokenizer, images):
     noise = common.Noise(0, range(len(images))).normal(images.shape[1:])
     codes = tokenizer.encode(images).long()
     previews = []
-    tokenizer.decode(codes, noise, on_step=previews.append, steps=c.groups)
+    start = common.Noise(0, range(len(images)))                 # the same noise
+    tokenizer.decode([codes], start, previews.append, steps=c.groups)
     z = tokenizer.quantizer.codewords()[codes]                  # (B, N, code_dim)
     other = z.roll(1, 0)
     for k, preview in enumerate(previews):

@@ -186,18 +186,16 @@ def test_the_reference_takes_the_size_of_the_samples(images, evaluate, tmp_path)
     assert same(evaluate("a.npz", "b")[0], evaluate("a.npz", "c")[0], ALL)
 
 
-def test_the_line_says_how_the_samples_were_made(images, evaluate, tmp_path):
-    """Numbers, how many images they are of, network, reference and the settings of sample.py."""
+def test_the_result_says_what_was_compared(images, evaluate, tmp_path):
+    """Numbers of images, network and reference; in the file also the settings of sample.py."""
     np.savez("a.npz", arr_0=images[:8])
     np.savez("b.npz", arr_0=images[8:])
-    meta = {"weights": "EMA", "cfg": 1.5, "steps": 25, "x": 1, "step": 900}
-    (tmp_path / "a.meta.json").write_text(json.dumps(meta))
+    (tmp_path / "a.meta.json").write_text('{"weights": "EMA", "n": 5}')
     found, said = evaluate("a.npz", "b.npz", "--resize", "pytorch")
-    assert found["weights"] == "EMA" and found["torch"] == torch.__version__ and "x" not in found
-    line = next(line for line in said.splitlines() if line.startswith("fid "))
-    for part in ("floor_n 4", " n 8, reference_n 8", "weights EMA, cfg 1.5", "step 900",
-                 "features inception-01234567-pytorch", "reference b.npz"):
-        assert part in line, part
+    assert (found["weights"], found["n"]) == ("EMA", 8)
+    for part in ("floor_n 4", " n 8, reference_n 8", "features inception-01234567-pytorch",
+                 "samples a.npz, reference b.npz"):
+        assert part in said.partition("wrote")[0], part
 
 
 # --- The classifier -------------------------------------------------------------------------------
@@ -242,8 +240,6 @@ def test_the_classifier_tells_good_from_bad(classify):
     assert collapsed["fd_classifier"] > 2 * good["fd_classifier"]
     noise, _ = classify("noise.npz")
     assert noise["precision"] < 0.1 and noise["fd_classifier"] > 5 * good["fd_classifier"]
-    same_set, _ = classify("real")
-    assert same_set["fd_classifier"] == pytest.approx(0, abs=1e-6) and same_set["accuracy"] > 0.95
 
 
 def test_labels_come_from_file_names_but_not_from_prompts(classify, labelled):
@@ -256,12 +252,10 @@ def test_labels_come_from_file_names_but_not_from_prompts(classify, labelled):
 
 
 def test_the_classifier_is_trained_once_and_the_same_every_time(labelled, monkeypatch):
-    """Also where it cannot be kept. No other random number changes."""
+    """Also where it cannot be kept."""
     source = fid.Source(labelled / "real", 16)
-    state = torch.random.get_rng_state()
     made = common.fingerprint(fid.load_classifier(source, "data", "cpu"))
-    assert torch.equal(state, torch.random.get_rng_state())
-    file, = labelled.glob("real.classifier-*-16.pt")
+    file, = labelled.glob("real/classifier-*-16.pt")
     with monkeypatch.context() as patch:
         patch.setattr(fid, "train_classifier", lambda *args: pytest.fail("trained again"))
         assert common.fingerprint(fid.load_classifier(source, "data", "cpu")) == made
@@ -279,7 +273,7 @@ def test_training_adds_batches_to_features(labelled):
     features = fid.Features()
     for x, y in zip(images.split(30), labels.split(30)):
         evaluator.extract(features, x, y)
-    numbers = evaluator.measure(features)
+    numbers = evaluator.compare(features.gathered())
     assert same(numbers, whole, ["fd_classifier", "floor", "accuracy", "precision", "recall"])
     assert fid.describe(numbers).endswith("n 200, reference_n 400, broken 0")
 
@@ -323,14 +317,12 @@ CLASSIFIER = ("--features", "classifier")
     (["wrong.pt", "b.npz"], "it has neither arr_0 nor mu"),
     (["cut.npz", "b.npz"], "neither images nor"),
     (["objects.npz", "b.npz"], "Object arrays cannot be loaded"),
-    (["stats.pkl", "b.npz"], "stats.pkl is "),
     (["b.npz", "half.npz"], "half.npz is unusable as statistics"),
     (["b.npz", "wide.npz"], "mu: not finite, or not of 6 features"),
     (["b.npz", "nan.npz"], "mu: not finite, or not of 6 features"),
     (["b.npz", "foreign.npz"], "is of inception-x-pytorch, not of inception-01234567-tf1"),
     (["one.npz", "b.npz"], "one.npz: statistics need two readable images, not 1"),
     (["b.npz", "nan.npz", *CLASSIFIER], "nan.npz has no labels of two classes"),
-    (["b.npz", "b.npz", *CLASSIFIER], "b.npz has no labels of two classes"),
     (["b.npz", "--save-stats", "x.npz", *CLASSIFIER], "give a REFERENCE"),
     (["b.npz", "--save-stats", "b.npz"], "--save-stats writes a new file"),
     (["b.npz", "cifar10"], "cannot download"),
@@ -342,7 +334,6 @@ def test_mistakes_are_one_line(evaluate, in_process, tmp_path, monkeypatch, caps
     for name, content in FILES.items():
         np.savez(f"{name}.npz", **content)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:500])
-    (tmp_path / "stats.pkl").write_text("hello")
     torch.save({"x": torch.zeros(3)}, "wrong.pt")
     (tmp_path / "empty").mkdir()
     save_folder(tmp_path / "mixed", X[:1])

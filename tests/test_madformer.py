@@ -220,7 +220,6 @@ def test_previews_show_the_blocks_so_far_and_grey():
 
 
 @pytest.mark.parametrize("options,words", [
-    ({"nfe": 7, "steps": 3}, "--nfe and --steps"),
     ({"nfe": 2}, "one step takes 3"),
     ({"steps": 1000, "sampler": "dpm"}, "steps is 1 to 999")])
 def test_options_that_do_not_fit_are_refused(options, words):
