@@ -109,7 +109,8 @@ class Config:
 
 TINY_TOKENIZER = TokenizerConfig(
     image_size=32, patch=4, dim=128, depth=2, queries=64, query_rows=64, codebook=512, code_dim=3,
-    decoder_dim=128, decoder_depth=2, pixel_patch=4, pixel_dim=128, pixel_depth=4, repa_layer=0)
+    decoder_dim=128, decoder_depth=2, groups=4, beta=4.0, pixel_patch=4, pixel_dim=128,
+    pixel_depth=4, repa_layer=0, solver="euler")
 PRESETS = {
     "tiny": Config(
         image_size=32, classes=10, dim=192, heads=3, depth=4, dropout=0.0, cfg=(4.0, 4.0), crops=1,

@@ -9,8 +9,9 @@
 
 A run lives in runs/<model>/<stage>/: config.json, model.pt (averaged weights, for sample.py),
 state.pt (to resume), log.jsonl, samples/. The same command resumes where it stopped and skips
-finished stages. All randomness follows from (seed, step, micro-batch) and, for data, from
-(seed, epoch, image), so the step and the number of samples seen are enough to resume bit for bit.
+finished stages. What a step draws at random follows from (seed, step, micro-batch, rank), and the
+view of an image from (seed, epoch, image), so no generator's state is saved: with the same ranks
+and micro-batches a resumed run repeats the same steps, on a CPU bit for bit.
 
 what is trained
   --model NAME         transdiff, dar, madformer, or a model file of your own
@@ -36,13 +37,13 @@ how
   --seed N             (default: 0)
   --precision NAME     bf16 (default on CUDA) or fp32
   --compile            torch.compile (default on CUDA, but not for tiny), or --no-compile
-  --device NAME        cpu, cuda, cuda:1, mps (default: the best there is)
-steps between
-  --log-every N        lines of the log (default: 50); --tensorboard writes them there, too
-  --save-every N       saved states (default: 500)
-  --keep-every N       numbered weights that stay
-  --sample-every N     grids (default: 1000)
-  --fid-every N        evaluations of --fid-samples N samples (default: 1000)
+  --device NAME        cpu, cuda, cuda:1, mps (default: a GPU if there is one)
+every N steps
+  --log-every N        write a line to the log (default: 50), with --tensorboard also there
+  --save-every N       save the state (default: 500)
+  --keep-every N       also keep model_NNNNNN.pt
+  --sample-every N     make a grid of samples (default: 1000)
+  --fid-every N        evaluate --fid-samples N samples (default: 1000)
 """
 import argparse
 import copy
@@ -157,7 +158,8 @@ def train(run):
             place = micro * process.world + process.rank
             torch.manual_seed(common.seed_of(args.seed, run.step, place))
             batch, labels = codes(run, batch), labels.to(process.device, non_blocking=True)
-            model.require_backward_grad_sync = micro == args.accumulate - 1  # as DDP.no_sync does
+            # DDP reduces gradients at the last micro-batch only, as with no_sync.
+            model.require_backward_grad_sync = micro == args.accumulate - 1
             with process.autocast():
                 out = model(batch, labels)
             (out["loss"] / args.accumulate).backward()            # a mean over micro-batches
@@ -179,8 +181,8 @@ def train(run):
             skipped, in_a_row = skipped + 1, in_a_row + 1
             if in_a_row == 10:
                 raise UserError(f"loss or gradient not finite ten times in a row, up to step"
-                                f" {run.step}: {run.folder / 'state.pt'} has the last good"
-                                " weights; try a lower --lr")
+                                f" {run.step + 1}: the last saved state, if there is one, is"
+                                f" {run.folder / 'state.pt'}; try a lower --lr")
         run.optimizer.zero_grad()
         run.step += 1
         run.seen += recipe.batch
@@ -200,7 +202,7 @@ def train(run):
             evaluate(run, evaluator)
         keep = args.keep_every and run.step % args.keep_every == 0
         if run.step % args.save_every == 0 or keep or last or halt:
-            save(run, keep)  # after what a killed run would otherwise lack
+            save(run, keep)  # last: a run killed before it repeats the grid and the evaluation
         if halt:
             raise UserError(f"stopped at step {run.step} of stage {run.stage.name}; saved: the same"
                             " command resumes there")
@@ -224,7 +226,7 @@ class Run:
                                           batch=args.batch_size, epochs=args.epochs)
         batch, micro_batches = self.recipe.batch, process.world * args.accumulate
         if batch % micro_batches:
-            raise UserError(f"a batch of {batch} does not divide into {process.world} ranks x"
+            raise UserError(f"a batch of {batch} is not divisible by {process.world} ranks x"
                             f" {args.accumulate} micro-batches: change --batch-size")
         self.micro = batch // micro_batches   # samples of a micro-batch of one rank
         self.first_stage = load_first_stage(self) if stage.first_stage else None
@@ -236,7 +238,7 @@ class Run:
         self.order = common.Order(data.labels, getattr(self.config, "images_per_sample", 1),
                                   args.seed)
         self.board = None                     # of TensorBoard
-        self.stopping = False                 # after this step
+        self.stopping = False                 # whether to end after the current step
         self.step = 0                         # steps done, skipped ones included
         self.seen = 0                         # samples used in them: the place in the order
         if args.fresh:
@@ -364,7 +366,7 @@ def wrapped(run):
 def compile_blocks(network):
     """Compile the blocks in its lists, one by one and in place: equal blocks share their code, and
     the names in the state_dict stay as they are."""
-    torch._dynamo.config.optimize_ddp = False  # DDP, which is around them, shall not split them
+    torch._dynamo.config.optimize_ddp = False  # keep DDP from splitting the compiled blocks
     for module in network.modules():
         if isinstance(module, nn.ModuleList):
             for block in module:
@@ -372,8 +374,8 @@ def compile_blocks(network):
 
 
 def loader(run):
-    """Return this rank's micro-batches from the number of samples seen on, without an end. What the
-    first stage makes of the data is cached first."""
+    """Return an endless iterable of this rank's micro-batches, from the samples that the run has
+    not seen yet. The codes of the first stage are cached before."""
     args, size, workers = run.args, run.config.image_size, run.args.workers
     views = run.stage.views(run.config)
     cache = None
@@ -417,7 +419,7 @@ def codes(run, batch):
 
 # --- Saving, grids, evaluation, logging -----------------------------------------------------------
 
-@common.rank_zero_first()  # no rank leaves while rank 0 is writing
+@common.rank_zero_first()  # a barrier: no rank goes on before rank 0 has written
 def save(run, keep):
     """Write config.json, model.pt, under a number too if it is to be kept, and state.pt."""
     args, stage = run.args, run.stage
@@ -449,8 +451,8 @@ def examples(run):
 
 
 def generated(run, indices, n):
-    """Return those of n images that have these indices, uint8 (b, 3, h, w), and their labels. As in
-    sample.py, they are made by the averaged weights and balanced over the classes."""
+    """Return images `indices` of a set of n, uint8 (b, 3, h, w), and their labels. As in sample.py,
+    they are made by the averaged weights and balanced over the classes."""
     labels = indices * run.config.classes // n
     noise = common.Noise(run.args.seed, indices.tolist(), run.process.device)
     with run.process.autocast():
@@ -488,7 +490,8 @@ def evaluate(run, evaluator):
 
 
 def start_log(run):
-    """Drop the lines of log.jsonl that a resumed run repeats, and half a line. Open TensorBoard."""
+    """Drop the lines of log.jsonl after the step that a run resumes at, and a half-written one.
+    Open TensorBoard."""
     path = run.folder / "log.jsonl"
     text = path.read_text() if path.exists() else ""
     lines = re.findall(r'^(\{"step": (\d+), .*\}\n)', text, re.MULTILINE)

@@ -14,7 +14,7 @@ Time      t = 1 is noise, t = 0 the image: x_t = (1 - t) x + t eps, velocity v =
 Where     Eq. 4, 5, 8, the loss: TransDiff.forward    Eq. 9, 11, the input: ARTransformer
           Eq. 6, features: TransDiff.semantic         Eq. 3, the velocity: Decoder
           Eq. 7, Alg. 1 and 2: TransDiff.sample       Eq. 16 to 18, a step: TransDiff.denoise
-          Eq. 13 to 15: similarity. In each round, Eq. 10 and 12 apply Eq. 6 and then Eq. 7.
+          Eq. 13 to 15: similarity. Eq. 10 and 12 are a round of MRAR: Eq. 6, then Eq. 7.
           Eq. 1 and 2 define autoregressive models in general; nothing here computes them.
 Differs   Where the paper is silent or its released code differs, a Config field selects one:
           `times`, `feed`. docs/paper_and_code.md lists all points.
@@ -106,7 +106,7 @@ PRESETS = {
     "h": Config(dim=1280, heads=16, ar_depth=40, depth=20, cfg=1.23, noise_scale=0.93),
     "l-512": replace(LARGE, image_size=512, only_decoder=True, drift_scale=0.87, noise_scale=0.87)}
 PUBLISHED = {"b": "290M", "l": "683M", "h": "1.3B", "l-512": "683M"}
-MRAR_SAMPLING = {  # width -> the sampler settings of published MRAR models that differ
+MRAR_SAMPLING = {  # width -> where published MRAR models differ from their 1-step models
     1024: dict(drift_scale=0.925),
     1280: dict(cfg=1.28, noise_scale=0.91)}
 
@@ -142,8 +142,8 @@ def attend(q, k, v, dropout):
 class SelfAttention(nn.Module):
     """Multi-head self-attention that is causal over blocks and full inside them.
 
-    No mask is needed: each block of queries is given the keys up to its own end. `ends` are the
-    ends of the blocks; a single end is full attention.
+    No attention mask is needed: each block of queries is given the keys up to its own end. `ends`
+    are the ends of the blocks; a single end is full attention.
     """
 
     def __init__(self, dim, heads, dropout):
@@ -202,7 +202,7 @@ class ARBlock(nn.Module):
 
 class ARTransformer(nn.Module):
     """The AR transformer of Eq. 6, over [class | mask], and in MRAR [class | mask | image_0 |
-    image_1 ...].
+    image_1 ...], where "mask" is a block of learned mask tokens.
 
     The features of image r are the outputs at the positions of image r - 1, those of image 0 at the
     mask. 1-step AR attends everywhere. MRAR is causal over the blocks class, mask, image_0, ...
@@ -349,7 +349,7 @@ class TransDiff(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Initialise as released: the velocity starts at zero, the AdaLN gates do not."""
+        """Initialise as released: the output layer is zero, the AdaLN gates are not."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -364,8 +364,8 @@ class TransDiff(nn.Module):
     def semantic(self, labels, references):
         """Return features (B, M', D) of labels (B,) and the images so far, a list of latents.
 
-        M' covers one image more than there are references, of which only the number is used if
-        `feed` is "features". The decoder's condition is h + feature_pos.
+        M' is the number of features of all images up to the next one. With feed = "features" only
+        the number of references matters. The decoder's condition is h + feature_pos.
         """
         start = self.ar.start(labels)
         if self.config.feed == "latents":
@@ -415,7 +415,7 @@ class TransDiff(nn.Module):
                **options):
         """Return scaled latents (B, z, h, w) and features (B, M', D) for labels (B,).
 
-        noise: common.Noise. other: labels (B,) of classes whose features take every second place
+        noise: common.Noise. other: labels (B,) of classes whose features replace every second one
         (Fig. 5). features: use only K of the M features, evenly spread (Fig. 1). rounds: stop MRAR
         after this many images. on_step(x_0): the current estimate of the latents. options: cfg,
         steps, drift_scale, noise_scale and solver, in place of the config's. Raise UserError for a
@@ -429,7 +429,9 @@ class TransDiff(nn.Module):
                             f" and {c.features} features")
         kept = torch.arange(features, device=labels.device) * c.features // features
         start = noise.normal((c.latent_size**2, c.vae.channels))    # one start for all rounds
-        images = [None] * (rounds - 1) if c.feed == "features" else []  # Alg. 2 decodes the last
+        images = []
+        if c.feed == "features":  # Alg. 2 decodes the last round only
+            images = [None] * (rounds - 1)
         while len(images) < rounds:
             h = self.semantic(labels, images)                       # Eq. 6
             used = kept[kept < h.shape[1]]
@@ -464,8 +466,8 @@ class TransDiff(nn.Module):
                 v = u + c.cfg * (v - u)
             if on_step:
                 on_step(self.latents(x - t * v))
-            # Eq. 16 with sigma^2 = 2 t. A straight path has the score -(x + (1 - t) v) / t, so the
-            # drift v - sigma^2 / 2 score is:
+            # With sigma^2 = 2 t and, on a straight path, the score -(x + (1 - t) v) / t, the drift
+            # v - (sigma^2 / 2) score of Eq. 16 is:
             drift = x + (2 - t) * v                                 # Eq. 16
             if c.solver == "euler":
                 x = x + v * dt                                      # Eq. 3
@@ -473,7 +475,7 @@ class TransDiff(nn.Module):
                 x = x + c.drift_scale * drift * dt                  # Eq. 17, 18
                 x = x + c.noise_scale * (2 * t * -dt).sqrt() * noise.normal(x.shape[1:])
             else:
-                x = x + drift * dt          # the last step: noise would stay in the image
+                x = x + drift * dt          # no s1, and no noise, which would stay in the image
         return x
 
     def decays(self, name, parameter):
@@ -502,8 +504,8 @@ def logit_normal(normal):
 
 
 def time_grid(steps, solver, device=None):
-    """Return times (steps + 1,) from 1 to 0. Euler-Maruyama goes to 0.04 in equal steps and takes a
-    last one, without noise, from there to 0, as released: fewer than three leave mostly noise."""
+    """Return times (steps + 1,) from 1 to 0. Euler-Maruyama goes to 0.04 in equal steps, then to 0
+    in one, as released. With fewer than three steps the result is mostly noise."""
     if solver == "euler":
         return torch.linspace(1, 0, steps + 1, device=device)
     return F.pad(torch.linspace(1, 0.04, steps), (0, 1)).to(device)
@@ -539,8 +541,8 @@ def generate(model, vae, labels, noise, *, fuse=None, on_step=None, **options):
 
 
 def compile_steps(model, vae):
-    """Compile what sampling repeats: the decoder, which is recorded as a graph. A graph reads the
-    condition's keys and values at one place, so each round puts them there, padded to one shape."""
+    """Compile what sampling repeats: the decoder, which is recorded as a graph. A graph reads from
+    fixed addresses, so each round copies its keys and values there, padded to one shape."""
     decoder = model.decoder
     keys_values = decoder.keys_values
     memory = common.KeyValueCache()
@@ -564,7 +566,7 @@ def model_views(config):
 
 
 def mrar_config(config):
-    """Return the MRAR config: half the repetitions, and its published sampler settings."""
+    """Return the MRAR config: two repetitions, and its published sampler settings."""
     return replace(config, mrar=True, repeat=2, **MRAR_SAMPLING.get(config.dim, {}))
 
 

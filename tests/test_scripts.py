@@ -284,7 +284,7 @@ TRAINING = {  # command -> words of the line that it ends with
     "transdiff --set depths=2": "choose from the fields image_size",
     "transdiff --set dim=30": "dim must be divisible by",
     "transdiff --image-size 30": "must be divisible by 4",
-    "transdiff --accumulate 5": "does not divide",
+    "transdiff --accumulate 5": "is not divisible",
     "transdiff --stage mrar": "vae/model.pt",
     "transdiff --vae x.pt": "no such file",
     "transdiff --device tpu": "--device tpu",
