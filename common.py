@@ -144,6 +144,8 @@ def parse(text, kind):
         return tuple(kind(part) for part in text.split(",") if part)
     if kind is bool:
         return {"true": True, "false": False}[text.lower()]
+    if dataclasses.is_dataclass(kind):
+        raise TypeError("set its fields")
     return kind(text)
 
 
@@ -188,7 +190,7 @@ def launch(device=None, precision=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)  # masked, it has given NaN gradients on Hopper
-    if "RANK" in os.environ:
+    if "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if on_cuda else "gloo",
                                 timeout=datetime.timedelta(minutes=60),
                                 device_id=device if on_cuda else None)
@@ -220,10 +222,13 @@ def load_model(name):
     """Import the model file NAME.py, which is beside the scripts or in the working directory."""
     sys.path.append(os.getcwd())
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
+        module = importlib.import_module(name)
+        if not hasattr(module, "STAGES"):
+            raise ImportError("it has no STAGES")
+        return module
+    except (ImportError, TypeError, ValueError) as error:
         raise UserError(f"--model {name}: no model file {name}.py here or beside the scripts, or it"
-                        f" needs a package ({error})") from None
+                        f" does not work ({error})") from None
 
 
 def natural(text, least=0):
@@ -365,6 +370,12 @@ class Coder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+def in_parts(function, batch, size):
+    """Return function(batch), computed in parts of up to 2^22 pixels, for images of size x size:
+    activations are large."""
+    return torch.cat([function(part) for part in batch.split(max(1, 2**22 // size**2))])
+
+
 class KLVAE(nn.Module):
     """Autoencoder with a Gaussian posterior (Rombach et al., 2022), and the scale of its latents.
 
@@ -407,11 +418,11 @@ class KLVAE(nn.Module):
         return self.scale * (mean + std * (torch.randn_like(mean) if noise is None else noise))
 
     def decode(self, latents):
-        """Return images (B, 3, h, w) for scaled latents, not clamped. Activations are large, so a
-        batch is decoded in parts."""
-        pixels = latents[0, 0].numel() * self.config.factor**2
-        parts = (latents / self.scale).split(max(1, 2**22 // pixels))
-        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
+        """Return images (B, 3, h, w) for scaled latents, not clamped."""
+        def decode_part(part):
+            return self.decoder(self.post_quant_conv(part))
+
+        return in_parts(decode_part, latents / self.scale, latents.shape[-1] * self.config.factor)
 
     def reconstruct(self, images, noise, on_step=None):
         """Return the images (B, 3, h, w) encoded and decoded. noise: common.Noise."""
@@ -586,6 +597,8 @@ def load_data(name, root="data", size=32, split="train"):
         images, labels = read_cifar10(paths[0], split)
     else:
         images, labels = map(read_idx, paths[:2] if split == "train" else paths[2:])
+    if len(images) != len(labels) or labels.max() >= len(classes):
+        raise UserError(f"the files in {paths[0].parent} are not those of {name}: delete them")
     return Data(name, np.int64(labels), classes,
                 lambda i: Image.fromarray(images[i]).convert("RGB"),
                 short_hash(images.tobytes() + labels.tobytes()))
@@ -877,7 +890,8 @@ class Cache:
         self.folder = folder
         self.chunk = chunk
         self.chunks = [range(n)[start:start + chunk] for start in range(0, n, chunk)]
-        self.load = functools.lru_cache(None)(functools.partial(np.load, mmap_mode="r"))
+        # An open file for each: systems allow 1024 or fewer.
+        self.load = functools.lru_cache(200)(functools.partial(np.load, mmap_mode="r"))
 
     def file(self, indices):
         """Return the path of a chunk."""
@@ -910,6 +924,9 @@ def cached(folder, data, size, first_stage, views, workers=0):
         rows = [np.stack(views(data.read(i), size, np.random.default_rng(i))) for i in indices]
         return torch.from_numpy(np.stack(rows)).movedim(-1, 2).contiguous()
 
+    def encode(images):
+        return first_stage.encode(to_float(images.to(device)))
+
     device = next(first_stage.parameters()).device
     rank, world = ranks()
     about = json.dumps([data.key, size, fingerprint(first_stage), views.__name__])
@@ -919,8 +936,7 @@ def cached(folder, data, size, first_stage, views, workers=0):
     loader = torch.utils.data.DataLoader(missing, None, collate_fn=load, num_workers=workers)
     with progress(len(missing), f"caching {data.name}", "x256 images", rank) as bar:
         for indices, images in zip(missing, loader):
-            parts = images.flatten(0, 1).split(max(1, 2**22 // size**2))  # activations are large
-            codes = torch.cat([first_stage.encode(to_float(part.to(device))) for part in parts])
+            codes = in_parts(encode, images.flatten(0, 1), size)
             cache.write(indices, codes.unflatten(0, images.shape[:2]).cpu().numpy())
             bar.update()
     gather(None)  # wait for the other ranks
@@ -1042,7 +1058,7 @@ class Stage:
     ready(config)                 called before the first step of a process
     finish(images)                called with some images before the weights are written
     first stages: encode(images) -> what is cached; codes(cached) -> a batch for the next stage;
-    reconstruct(images, noise, on_step=None) -> images
+    reconstruct(images, noise, on_step=None) -> images; sampled() -> parts that sampling runs
 
     An attribute needs_weights says that random weights are of no use, idle_parameters that some
     may get no gradient. A Config's images_per_sample is the number of images of one class that
@@ -1124,7 +1140,8 @@ def atomic(path):
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {error}; what was there is untouched") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def save(path, content):
@@ -1229,13 +1246,13 @@ def from_pil(image):
 def grid(images, columns, names=()):
     """Return one picture of uint8 images (n, 3, h, w), row by row, with the names to the left of
     their rows. Small images are enlarged to about 64 pixels."""
-    images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[2]))
+    images = F.interpolate(images.cpu(), scale_factor=max(1, 64 // images.shape[2]))
     images = F.pad(images, (0, 2, 0, 2), value=255)
     n, _, h, w = images.shape
     font = ImageFont.load_default(20)
     left = max([2, *(8 + int(font.getlength(name)) for name in names)])
     sheet = Image.new("RGB", (left + columns * w, 2 + math.ceil(n / columns) * h), "white")
-    for k, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+    for k, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         row, column = divmod(k, columns)
         sheet.paste(Image.fromarray(image), (left + column * w, 2 + row * h))
     for row, name in enumerate(names):

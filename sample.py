@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import shutil
 import zipfile
 from pathlib import Path
@@ -89,15 +90,18 @@ def main():
     films = make_all(job, partial)
     if process.rank == 0:
         write(job, [films[k] for k in range(n)], partial)
-        facts = [common.read_checkpoint(file) for file in sorted(partial.glob("*.pt"))]
+        facts = [common.read_checkpoint(file) for file in sorted(partial.glob("[0-9]*.pt"))]
         for name in facts[0]:  # their means over all images, whatever batches and ranks made them
             values = torch.cat([batch[name] for batch in facts])[:n]
             about[name] = values.double().mean(0).tolist()
-        beside = out / "meta.json" if out.is_dir() else out.with_suffix(".meta.json")
+        folder = partial / "set"
+        beside = folder / "meta.json" if folder.exists() else out.with_suffix(".meta.json")
         with common.atomic(beside) as f:
             f.write(json.dumps(about, indent=1).encode())
+        if folder.exists():
+            folder.rename(out)
         shutil.rmtree(partial)
-        print(f"wrote {out} and {beside}: {n} images")
+        print(f"wrote {out} and {beside.name}: {n} images")
 
 
 # --- What is made ---------------------------------------------------------------------------------
@@ -124,6 +128,8 @@ class Job:
                 inputs, noise, on_step=self.keep if self.args.shows_steps else None)
         del self.frames[-1:]  # the last estimate: the result takes its place
         self.keep(images)
+        if not images.isfinite().all():
+            raise UserError("the images are not finite: try --precision fp32 or other options")
         return torch.stack(self.frames, 1), facts
 
     def keep(self, images):
@@ -146,7 +152,9 @@ def generation(args, process, model_file, options):
         if names != class_names:
             raise UserError("--classes: this model, or an option here, does not go by classes")
         classes = common.class_ids(args.classes, config)
-    n = args.n or min(len(classes), 10) * (1 if args.stream else 8)
+    shown = len(classes) if args.classes else min(len(classes), 10)
+    n = args.n or shown * (1 if args.stream else 8)
+    args.image_size = config.image_size
     labels = np.take(classes, np.arange(n) * len(classes) // n)
     args.batch_size = n if args.stream else min(n, args.batch_size)  # a stream grows as a whole
     if process.precision == "bf16":
@@ -240,7 +248,8 @@ def load(args, model_file, device):
         model_file.check(model, first_stage)
     else:
         first_stage = None
-    torch.nn.ModuleList([model, first_stage]).to(device, memory_format=torch.channels_last).eval()
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    torch.nn.ModuleList([model, first_stage]).to(device, memory_format=layout).eval()
     return model, first_stage, about
 
 
@@ -278,10 +287,10 @@ def write(job, films, partial):
             with archive.open("arr_1.npy", "w") as labels:
                 np.save(labels, job.labels)
     else:
+        shutil.rmtree(partial / "set", ignore_errors=True)  # of a killed process
         for k, label in enumerate(job.labels):
             picture = common.Image.fromarray(films[k][-1].transpose(1, 2, 0))
             common.save_picture(partial / f"set/{k:06d}_class{label}.png", picture)
-        (partial / "set").rename(out)
 
 
 def write_picture(job, films):
@@ -291,10 +300,11 @@ def write_picture(job, films):
     names = [job.names[label] for label in job.labels]
     columns = names.count(names[0])
     rows = names[::columns]
-    if columns > 32 or np.repeat(rows, columns).tolist() != names:
+    if max(columns, len(rows)) > 32 or np.repeat(rows, columns).tolist() != names:
         columns, rows = 8, ()
     if args.ending == ".gif":
-        steps = films[:, ::-(-films.shape[1] // FRAMES)].unbind(1)
+        every = math.ceil(films.shape[1] / FRAMES)
+        steps = films[:, (films.shape[1] - 1) % every::every].unbind(1)  # the last one included
         common.save_gif(args.out, [common.grid(step, columns, rows) for step in steps])
         return
     if args.shows_steps:

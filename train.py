@@ -176,7 +176,8 @@ def train(run):
             run.optimizer.step()
             decay = min(recipe.ema, (1 + run.step) / (10 + run.step))  # short runs need the ramp
             common.update_ema(run.ema, run.network, decay)
-            window.append(values / process.world)
+            if is_main:
+                window.append(values / process.world)
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
             if in_a_row == 10:
@@ -299,8 +300,8 @@ def adamw(network, recipe):
 def resume(run):
     """Load weights, averages, optimizer and progress of an interrupted run."""
     path = run.folder / "state.pt"
-    with common.untrusted(path):
-        state = common.read_checkpoint(path)
+    with common.untrusted(path, "damaged: --fresh starts again, --out names another folder"):
+        state = torch.load(path, "cpu", weights_only=True)
         config = dataclasses.asdict(run.config)
         if state["config"] != config:
             old = {k: v for k, v in state["config"].items() if v != config.get(k)}
@@ -337,8 +338,8 @@ def load_initial_weights(run):
                 weight = run.network.carry(name, weight, tensor.shape)
             if weight is not None:
                 fitting[name] = weight
-    if not fitting:
-        raise UserError(f"no tensor of {path} fits: is it of another model?")
+    if len(fitting) < len(weights) / 2:
+        raise UserError(f"few tensors of {path} fit: is it of another model?")
     weights |= fitting
     run.network.load_state_dict(weights)
     run.ema.load_state_dict(weights)
@@ -389,7 +390,7 @@ def loader(run):
     return torch.utils.data.DataLoader(
         common.Samples(run.data, size, views, args.seed, cache), batch_sampler=batches,
         num_workers=workers, worker_init_fn=ignore_interrupts,
-        pin_memory=torch.cuda.is_available())
+        pin_memory=run.process.device.type == "cuda")
 
 
 def on_stop_signals(handler):
@@ -412,7 +413,8 @@ def codes(run, batch):
     if group > 1:
         batch = batch.flatten(0, 1)
     if batch.dtype == torch.uint8:  # pictures: there is no cache
-        batch = run.first_stage.encode(common.to_float(batch))
+        batch = common.in_parts(run.first_stage.encode, common.to_float(batch),
+                                run.config.image_size)
     batch = run.first_stage.codes(batch)
     return batch.unflatten(0, (-1, group)).squeeze(1)
 
@@ -430,6 +432,8 @@ def save(run, keep):
              "data": run.data.name, "first_stage": args.first_stage or first_stage,
              "config": dataclasses.asdict(run.config), "recipe": dataclasses.asdict(run.recipe),
              "step": run.step, "seed": args.seed}
+    for half_written in run.folder.glob(".*.pt"):  # by a killed process
+        half_written.unlink()
     with common.atomic(run.folder / "config.json") as f:
         f.write(json.dumps(about, indent=1).encode())
     if hasattr(run.ema, "finish"):
@@ -479,8 +483,8 @@ def save_grid(run):
 def evaluate(run, evaluator):
     """Log the distance of samples to the data. Each rank makes its share of them."""
     features = fid.Features()
-    n = run.args.fid_samples
-    share = torch.arange(n)[run.process.rank::run.process.world]
+    n = max(run.args.fid_samples, 2 * run.process.world)
+    share = torch.arange(n).tensor_split(run.process.world)[run.process.rank]
     for indices in share.split(run.micro):
         images, labels = generated(run, indices, n)
         evaluator.extract(features, images.permute(0, 2, 3, 1), labels)
@@ -493,7 +497,7 @@ def start_log(run):
     """Drop the lines of log.jsonl after the step that a run resumes at, and a half-written one.
     Open TensorBoard."""
     path = run.folder / "log.jsonl"
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(errors="replace") if path.exists() else ""
     lines = re.findall(r'^(\{"step": (\d+), .*\}\n)', text, re.MULTILINE)
     with common.atomic(path) as f:
         for line, step in lines:
@@ -502,7 +506,7 @@ def start_log(run):
     if run.args.tensorboard:
         with common.untrusted("--tensorboard", "not installed"):
             from torch.utils.tensorboard import SummaryWriter
-        run.board = SummaryWriter(run.folder)
+        run.board = SummaryWriter(run.folder, purge_step=run.step + 1)
 
 
 def log(run, **values):
