@@ -11,10 +11,7 @@ Errors     A mistake that the user can mend raises UserError with one line that 
            scripts print that line and exit with code 2.
 """
 import argparse
-import contextlib
-import dataclasses
 import datetime
-import functools
 import gzip
 import hashlib
 import importlib
@@ -27,7 +24,9 @@ import sys
 import tarfile
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,7 @@ class UserError(Exception):
     """A mistake that the user can mend. Its text is one line: what is wrong and what to do."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def untrusted(path, what="damaged"):
     """Turn any error of the block, which uses what a file or the user says, into a UserError."""
     try:
@@ -114,7 +113,7 @@ def check(config, rules, **choices):
 def with_options(config, **options):
     """Return the config with those options that are not None. Raise UserError for a bad value."""
     given = {name: value for name, value in options.items() if value is not None}
-    return dataclasses.replace(config, **given)
+    return replace(config, **given)
 
 
 def override(config, assignments):
@@ -122,18 +121,18 @@ def override(config, assignments):
 
     Raise UserError for an unknown field, a bad value, or values that do not fit together.
     """
-    values = dataclasses.asdict(config)
+    values = asdict(config)
     with untrusted(f"--set {' '.join(assignments)}",
                    f"not possible: choose from the fields {', '.join(values)}"):
         for assignment in assignments:
             name, _, text = assignment.partition("=")
-            *outer, last = name.split(".")
-            fields = values
+            value = values
             kind = type(config)
-            for part in outer:
-                fields = fields[part]
+            for part in name.split("."):
                 kind = typing.get_type_hints(kind)[part]
-            fields[last] = parse(text, typing.get_type_hints(kind)[last])
+                fields = value
+                value = fields[part]
+            fields[part] = parse(text, kind)
         return rebuild(type(config), values)  # all at once: they may only fit together
 
 
@@ -144,7 +143,7 @@ def parse(text, kind):
         return tuple(kind(part) for part in text.split(",") if part)
     if kind is bool:
         return {"true": True, "false": False}[text.lower()]
-    if dataclasses.is_dataclass(kind):
+    if is_dataclass(kind):
         raise TypeError("set its fields")
     return kind(text)
 
@@ -200,7 +199,7 @@ def launch(device=None, precision=None):
     return Process(rank, world, device, precision or ("bf16" if on_cuda else "fp32"))
 
 
-@contextlib.contextmanager
+@contextmanager
 def true_float32():
     """Switch TF32 off: it keeps ten bits of a mantissa, which moves codes and features."""
     before = torch.get_float32_matmul_precision()
@@ -255,13 +254,12 @@ def class_ids(texts, config):
 
 def walk(module, *inputs):
     """Run the module once and print the shape of each part's first output."""
-    names = {part: name for name, part in module.named_modules() if name.count(".") < 2}
+    names = {part: name for name, part in module.named_modules() if name and name.count(".") < 2}
 
     def show(part, args, output):
-        name = names.pop(part, "")
-        first = torch.utils._pytree.tree_leaves(output)[0]
-        if name:
-            print(f"  {name:32s} {type(part).__name__:18s} {tuple(first.shape)}")
+        if part in names:
+            first = torch.utils._pytree.tree_leaves(output)[0]
+            print(f"  {names.pop(part):32s} {type(part).__name__:18s} {tuple(first.shape)}")
 
     with nn.modules.module.register_module_forward_hook(show):
         return module(*inputs)
@@ -293,14 +291,17 @@ TINY_VAE = VAEConfig(width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8,
                      kl_weight=1e-3)
 
 
+GroupNorm = partial(nn.GroupNorm, eps=1e-6)
+
+
 class ResBlock(nn.Module):
     """Two rounds of group norm, SiLU and convolution, added to the input."""
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.norm1 = GroupNorm(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.norm2 = GroupNorm(groups, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -315,8 +316,8 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels, groups):
         super().__init__()
-        linear = functools.partial(nn.Conv2d, channels, channels, 1)
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        linear = partial(nn.Conv2d, channels, channels, 1)
+        self.norm = GroupNorm(groups, channels)
         self.q = linear()
         self.k = linear()
         self.v = linear()
@@ -359,12 +360,14 @@ class Coder(nn.Module):
         self.levels = nn.ModuleList(reversed(levels) if up else levels)
         self.mid = nn.Sequential(ResBlock(lowest, lowest, groups), SpatialAttention(lowest, groups),
                                  ResBlock(lowest, lowest, groups))
-        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.norm_out = GroupNorm(groups, width)
         self.conv_out = nn.Conv2d(width, c_out, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
-        parts = [self.mid, *reversed(self.levels)] if self.up else [*self.levels, self.mid]
+        parts = [*self.levels, self.mid]
+        if self.up:
+            parts.reverse()
         for part in parts:
             x = part(x)
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -392,10 +395,7 @@ class KLVAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
         self.post_quant_conv = nn.Conv2d(c, c, 1)
         self.register_buffer("scale", torch.tensor(float(config.scale or 1)))
-        self.initialise()
-
-    def initialise(self):
-        """Use unit gains and zero residual branches: worth 8 dB after 500 steps of `tiny`."""
+        # Unit gains and zero residual branches: worth 8 dB after 500 steps of `tiny`.
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -409,7 +409,7 @@ class KLVAE(nn.Module):
 
     def posterior(self, moments):
         """Return mean and standard deviation (B, channels, h, w), unscaled."""
-        mean, logvar = moments.float().chunk(2, dim=1)
+        mean, logvar = moments.float().chunk(2, 1)
         return mean, torch.exp(logvar.clamp(-30, 20) / 2)
 
     def codes(self, moments, noise=None):
@@ -419,10 +419,8 @@ class KLVAE(nn.Module):
 
     def decode(self, latents):
         """Return images (B, 3, h, w) for scaled latents, not clamped."""
-        def decode_part(part):
-            return self.decoder(self.post_quant_conv(part))
-
-        return in_parts(decode_part, latents / self.scale, latents.shape[-1] * self.config.factor)
+        decode = nn.Sequential(self.post_quant_conv, self.decoder)
+        return in_parts(decode, latents / self.scale, latents.shape[-1] * self.config.factor)
 
     def reconstruct(self, images, noise, on_step=None):
         """Return the images (B, 3, h, w) encoded and decoded. noise: common.Noise."""
@@ -516,14 +514,14 @@ def vae_from_state(state, path="the VAE", **known):
     width = len(state["encoder.conv_in.weight"])
     channels = len(state["post_quant_conv.weight"])
     levels = numbered(state, r"encoder\.levels\.(\d+)")
-    mult = [len(state[f"encoder.levels.{i}.0.0.conv1.weight"]) // width for i in levels]
     scale = SD_VAE.scale if channels == SD_VAE.channels else VAEConfig.scale
-    config = VAEConfig(
-        channels=channels, width=width, mult=tuple(mult), scale=float(state.get("scale", scale)),
+    fields = dict(
+        channels=channels, width=width, scale=float(state.get("scale", scale)),
+        mult=tuple(len(state[f"encoder.levels.{i}.0.0.conv1.weight"]) // width for i in levels),
         blocks=len(numbered(state, r"encoder\.levels\.0\.(\d+)\.")),
         attention=tuple(numbered(state, r"encoder\.levels\.(\d+)\.\d+\.1\.")),
         decoder_attention=tuple(numbered(state, r"decoder\.levels\.(\d+)\.\d+\.1\.")))
-    vae = KLVAE(dataclasses.replace(config, **known))
+    vae = KLVAE(VAEConfig(**fields | known))
     load_strict(vae, {"scale": vae.scale, **state}, path)
     return vae.eval().requires_grad_(False)
 
@@ -536,9 +534,9 @@ class Data:
     name: str
     labels: np.ndarray                     # (n,) int64, 0 .. len(classes) - 1
     classes: list[str]
-    open: Callable[[int], Image.Image]     # index -> RGB picture of any size, or any error
+    open: Callable                         # index -> RGB picture of any size, or any error
     key: str                               # digest that changes with the content
-    paths: tuple[Path, ...] = ()           # of the pictures, if each is a file
+    paths: tuple = ()                      # of the pictures, if each is a file
     broken: set = field(default_factory=set)  # indices of files that could not be read
 
     def read(self, index):
@@ -559,8 +557,7 @@ class Data:
 
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
-FASHION = ("t-shirt, trousers, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot"
-           .split(", "))
+FASHION = "t-shirt,trousers,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot".split(",")
 NAMED = {  # name: (URL, class names, {file: SHA-256 or its first digits})
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", list("0123456789"), {
         "train-images-idx3-ubyte.gz": "440fcabf73cc546f",
@@ -614,7 +611,7 @@ def download(url, path, digest=None, hint="or name another folder with --data-ro
         if not path.exists():
             print(f"downloading {url} to {path}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), digest, sys.stderr.isatty())
+            torch.hub.download_url_to_file(url, path, digest, sys.stderr.isatty())
     return path
 
 
@@ -634,8 +631,7 @@ def read_cifar10(path, split):
     with untrusted(path, "not the binary CIFAR-10 archive, or damaged; delete it"):
         with tarfile.open(path) as archive:
             for name in names:
-                file = archive.extractfile(f"cifar-10-batches-bin/{name}.bin")
-                raw += file.read(10_000 * 3073)
+                raw += archive.extractfile(f"cifar-10-batches-bin/{name}.bin").read(10_000 * 3073)
         records = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
     images = records[:, 1:].reshape(-1, 3, 32, 32)  # planes of red, green and blue
     return images.transpose(0, 2, 3, 1), records[:, 0]
@@ -732,7 +728,7 @@ def shrink(image, side):
     """Make the shorter side `side`: box filters while twice too large, then bicubic."""
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    return ImageOps.cover(image, (side, side), Image.BICUBIC)
+    return ImageOps.cover(image, (side, side))
 
 
 def cut(image, size, left, top):
@@ -764,7 +760,7 @@ def random_square(image, size, rng):
     """Views: a square of the shorter side at a random place, resized."""
     side = min(image.size)
     left, top = rng.integers(np.subtract(image.size, side - 1))
-    return [cut(image, side, left, top).resize((size, size), Image.BICUBIC)]
+    return [cut(image, side, left, top).resize((size, size))]
 
 
 def polar(n, radii, shift=0):
@@ -829,7 +825,7 @@ class Order:
     seed: int = 0
 
     def __post_init__(self):
-        self.epoch = functools.lru_cache(2)(self.shuffled)
+        self.epoch = lru_cache(2)(self.shuffled)
         self.length = len(self.epoch(0))  # samples per epoch
 
     def shuffled(self, epoch):
@@ -869,7 +865,7 @@ class Samples:
         rng = np.random.default_rng((self.seed, epoch, index))
         if self.cache:
             views = self.cache[index]
-            return torch.from_numpy(np.array(views[rng.integers(len(views))]))
+            return torch.tensor(views[rng.integers(len(views))])
         views = self.views(self.data.read(index), self.size, rng)
         return from_pil(views[rng.integers(len(views))])
 
@@ -891,14 +887,15 @@ class Cache:
         self.chunk = chunk
         self.chunks = [range(n)[start:start + chunk] for start in range(0, n, chunk)]
         # An open file for each: systems allow 1024 or fewer.
-        self.load = functools.lru_cache(200)(functools.partial(np.load, mmap_mode="r"))
+        self.load = lru_cache(200)(partial(np.load, mmap_mode="r"))
 
     def file(self, indices):
         """Return the path of a chunk."""
         return self.folder / f"{indices[0]:08d}.npy"
 
-    def missing(self, rank=0, world=1):
+    def missing(self):
         """Return the chunks of this rank's share that are not there."""
+        rank, world = ranks()
         return [indices for indices in self.chunks[rank::world] if not self.file(indices).exists()]
 
     def write(self, indices, array):
@@ -928,13 +925,12 @@ def cached(folder, data, size, first_stage, views, workers=0):
         return first_stage.encode(to_float(images.to(device)))
 
     device = next(first_stage.parameters()).device
-    rank, world = ranks()
     about = json.dumps([data.key, size, fingerprint(first_stage), views.__name__])
     name = f"{data.name}-{size}-{short_hash(about.encode())}"
     cache = Cache(Path(folder, name), len(data.labels), 256)
-    missing = cache.missing(rank, world)
+    missing = cache.missing()
     loader = torch.utils.data.DataLoader(missing, None, collate_fn=load, num_workers=workers)
-    with progress(len(missing), f"caching {data.name}", "x256 images", rank) as bar:
+    with progress(len(missing), f"caching {data.name}", "x256 images", ranks()[0]) as bar:
         for indices, images in zip(missing, loader):
             codes = in_parts(encode, images.flatten(0, 1), size)
             cache.write(indices, codes.unflatten(0, images.shape[:2]).cpu().numpy())
@@ -995,11 +991,8 @@ def cast_once(*modules):
 
 def key_value_pairs(depth, shape, dtype, device):
     """Return memory for the keys and values of each layer."""
-    layers = []
-    for _ in range(depth):
-        keys = torch.empty(shape, dtype=dtype, device=device)
-        layers.append([keys, torch.empty_like(keys)])
-    return layers
+    empty = partial(torch.empty, shape, dtype=dtype, device=device)
+    return [[empty(), empty()] for _ in range(depth)]
 
 
 class KeyValueCache:
@@ -1007,7 +1000,7 @@ class KeyValueCache:
     graph reads and writes at the addresses at which it was recorded."""
 
     def __init__(self):
-        self.kept = functools.lru_cache(1)(key_value_pairs)
+        self.kept = lru_cache(1)(key_value_pairs)
 
     def allocate(self, depth, shape, dtype, device):
         """Return `depth` pairs (K, V) of zeros of this shape, at the old addresses if they fit."""
@@ -1066,7 +1059,7 @@ class Stage:
     """
     name: str
     build: Callable               # config -> module; module(batch, labels) -> {"loss": ..., parts}
-    recipes: dict[str, Recipe]    # by preset; a preset that is missing needs published weights
+    recipes: dict                 # preset -> Recipe; a missing preset needs published weights
     views: Callable               # config -> (image, size, rng) -> list of pictures, see Samples
     first_stage: str = ""         # the frozen stage whose codes it is trained on; "": images
     start: str = ""               # the stage whose weights it starts from
@@ -1095,7 +1088,7 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-@contextlib.contextmanager
+@contextmanager
 def rank_zero_first():
     """Let rank 0 run the block before the others: it downloads or creates what they find."""
     rank = ranks()[0]
@@ -1122,7 +1115,7 @@ def update_ema(ema, model, decay):
         old.copy_(new)
 
 
-@contextlib.contextmanager
+@contextmanager
 def atomic(path):
     """Open a binary file that takes the place of `path` when the block ends without an error.
 
@@ -1140,7 +1133,7 @@ def atomic(path):
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {error}; what was there is untouched") from error
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             beside.unlink()
 
 
@@ -1160,8 +1153,8 @@ HARMLESS = [argparse.Namespace, np.ndarray, np.dtype, (StandIn, "config_util.Con
 HARMLESS += [type(np.dtype(kind)) for kind in "?bBhilqefd"]  # NumPy's codes of its types
 for value in (np.zeros(0), np.float64(0)):  # how NumPy rebuilds arrays and scalars, by both names
     function = value.__reduce__()[0]
-    HARMLESS.append((function, f"numpy.core.multiarray.{function.__name__}"))
-    HARMLESS.append((function, f"numpy._core.multiarray.{function.__name__}"))
+    HARMLESS += [(function, f"numpy.core.multiarray.{function.__name__}"),
+                 (function, f"numpy._core.multiarray.{function.__name__}")]
 
 
 def read_checkpoint(path):
@@ -1177,7 +1170,7 @@ def read_checkpoint(path):
             from safetensors.torch import load_file
             return load_file(path)
         try:
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+            return dict(torch.load(path, "cpu", weights_only=True))
         except pickle.UnpicklingError:  # torch's own words advise to switch the protection off
             raise UserError(f"{path} is damaged or contains code, which is not executed") from None
 
@@ -1185,7 +1178,8 @@ def read_checkpoint(path):
 def unwrap(content, *keys):
     """Return the tensors of the first dict under one of the keys, else of the content itself,
     without the prefixes that DDP and torch.compile put before names."""
-    state = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
+    dicts = [content[key] for key in keys if isinstance(content.get(key), dict)]
+    state = next(filter(None, dicts), content)
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value
             for name, value in state.items() if isinstance(value, torch.Tensor)}
 

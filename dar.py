@@ -17,9 +17,9 @@ Where    Eq. 1: Tokenizer.encode              Eq. 5: Tokenizer.forward (released
 Differs  Where the paper is silent or the released code does something else, a Config field offers
          both: `times`, `preview`, `lpips_dropout`. docs/paper_and_code.md lists all such points.
 """
-import functools
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import Recipe, Stage, UserError
+from common import Recipe, Stage, UserError, numbered
 
 HEAD = 64  # channels of each attention head of the tokenizer
 
@@ -97,8 +97,7 @@ class Config:
     tokenizer: TokenizerConfig = TokenizerConfig()
 
     def __post_init__(self):
-        tokenizer = replace(self.tokenizer, image_size=self.image_size)
-        object.__setattr__(self, "tokenizer", tokenizer)
+        object.__setattr__(self, "tokenizer", replace(self.tokenizer, image_size=self.image_size))
         common.check(self, {
             "dim must be divisible by twice the heads": self.dim % (2 * self.heads) == 0 < self.dim,
             "cfg must be a pair of numbers": len(self.cfg) == 2,
@@ -108,9 +107,8 @@ class Config:
 
 
 TINY_TOKENIZER = TokenizerConfig(
-    image_size=32, patch=4, dim=128, depth=2, queries=64, query_rows=64, codebook=512, code_dim=3,
-    decoder_dim=128, decoder_depth=2, groups=4, beta=4.0, pixel_patch=4, pixel_dim=128,
-    pixel_depth=4, repa_layer=0, solver="euler")
+    patch=4, dim=128, depth=2, queries=64, query_rows=64, codebook=512, code_dim=3,
+    decoder_dim=128, decoder_depth=2, pixel_patch=4, pixel_dim=128, pixel_depth=4, repa_layer=0)
 PRESETS = {
     "tiny": Config(
         image_size=32, classes=10, dim=192, heads=3, depth=4, dropout=0.0, cfg=(4.0, 4.0), crops=1,
@@ -128,6 +126,11 @@ PUBLISHED = {"b": "111M", "l": "343M", "xl": "775M", "xxl": "1.4B"}
 def plain_norm(x):
     """Layer norm without parameters."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+RMSNorm = partial(nn.RMSNorm, eps=1e-5)
+Matrix = partial(nn.Linear, bias=False)
 
 
 def mlp(dim, hidden, out):
@@ -167,12 +170,13 @@ class Attention(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
-        self.q_norm = nn.LayerNorm(HEAD, eps=1e-6)
-        self.k_norm = nn.LayerNorm(HEAD, eps=1e-6)
+        linear = partial(nn.Linear, dim, dim)
+        self.q = linear()
+        self.k = linear()
+        self.v = linear()
+        self.proj = linear()
+        self.q_norm = LayerNorm(HEAD)
+        self.k_norm = LayerNorm(HEAD)
 
     def forward(self, x, context=None, rotary=None, **mask):
         """Return (B, n, dim) of x (B, n, dim), which attends to a context (B, m, dim) or to itself.
@@ -196,9 +200,9 @@ class Block(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim)
         self.attention = Attention(dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim)
         self.mlp = mlp(dim, 4 * dim, dim)
         self.gate1 = nn.Parameter(torch.zeros(dim))
         self.gate2 = nn.Parameter(torch.zeros(dim))
@@ -270,7 +274,7 @@ class PixelBlock(nn.Module):
         h = plain_norm(x)
         found = self.cross(h, plain_norm(self.condition(group)), rotary)
         m = self.modulation(F.silu(self.time(time)[:, None] + found))      # (B, n, 6 dim)
-        shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, -1)
         x = x + gate1 * self.attention(h * (1 + scale1) + shift1, rotary=rotary)
         return x + gate2 * self.mlp(plain_norm(x) * (1 + scale2) + shift2)
 
@@ -298,18 +302,19 @@ class PixelDecoder(nn.Module):
 
         t: (B,) or (1,) in 0 .. 1. group: c(t), (B, q, decoder_dim). Features: (B, 256, 768).
         """
-        time = torch.cat([*cos_and_sin(1000 * t, self.config.pixel_dim)], 1)   # (B or 1, dim)
+        c = self.config
+        time = torch.cat([*cos_and_sin(1000 * t, c.pixel_dim)], 1)             # (B or 1, dim)
         group = plain_norm(self.condition(group))                  # (B, q, dim)
-        patches = F.pixel_unshuffle(x, self.config.pixel_patch)
+        patches = F.pixel_unshuffle(x, c.pixel_patch)
         x = self.input(patches.flatten(2).mT)                      # (B, n, dim)
         features = None
         for i, block in enumerate(self.blocks):
-            if repa and i == self.config.repa_layer:
+            if repa and i == c.repa_layer:
                 pooled = F.adaptive_avg_pool2d(x.mT.unflatten(2, self.grid), 16)
                 features = self.repa(pooled.flatten(2).mT)
             x = block(x, time, group, self.rotary)
         patches = self.output(plain_norm(x)).float().mT.unflatten(2, self.grid)
-        return F.pixel_shuffle(patches, self.config.pixel_patch), features
+        return F.pixel_shuffle(patches, c.pixel_patch), features
 
 
 # --- The tokenizer --------------------------------------------------------------------------------
@@ -332,7 +337,7 @@ def prefixes(stream, lengths):
             yield codes[:, :lengths.pop(0)]
 
 
-@functools.cache
+@lru_cache
 def side_stream(device):
     """Return the CUDA stream on which images are decoded beside the tokens, or None elsewhere."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -353,23 +358,17 @@ class Tokenizer(nn.Module):
         self.query_table = nn.Embedding(c.query_rows, c.query_rank)
         self.query_linear = nn.Linear(c.query_rank, c.dim)
         self.encoder_layers = nn.ModuleList(Block(c.dim) for _ in range(c.depth))
-        self.to_code = nn.Linear(c.dim, c.code_dim, bias=False)
+        self.to_code = Matrix(c.dim, c.code_dim)
         self.quantizer = Quantizer(c.codebook, c.code_dim)
-        self.from_code = nn.Linear(c.code_dim, c.decoder_dim, bias=False)
+        self.from_code = Matrix(c.code_dim, c.decoder_dim)
         self.positions = nn.Embedding(c.query_rows, c.decoder_dim)
         self.decoder_layers = nn.ModuleList(Block(c.decoder_dim) for _ in range(c.decoder_depth))
         self.pixels = PixelDecoder(c)
         positions = grid_positions(c.image_size // c.patch)
         positions = F.pad(positions, (0, 0, 0, c.queries))         # (P + N, 2), 0 for queries
         self.register_buffer("rotary", cos_and_sin(positions), persistent=False)
-        self.initialise()
-
-    @torch.no_grad()
-    def initialise(self):
-        """Draw weights as released: blocks are the identity at first, the velocity is zero.
-
-        Blocks narrower than 768 get larger weights, without which `tiny` learns markedly slower.
-        """
+        # As released: blocks are the identity at first, the velocity is zero. But blocks narrower
+        # than 768 get larger weights, without which `tiny` learns markedly slower.
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and ("layers." in name or "blocks." in name):
                 dim = min(*module.weight.shape, 768)
@@ -381,7 +380,7 @@ class Tokenizer(nn.Module):
             nn.init.zeros_(parameter)
         nn.init.trunc_normal_(self.query_table.weight)
         nn.init.trunc_normal_(self.positions.weight, std=0.02)
-        codes = self.quantizer.embedding.weight
+        codes = self.quantizer.embedding.weight.detach()
         codes.copy_(F.normalize(codes.uniform_(-1, 1)))
 
     def carry(self, name, old, shape):
@@ -442,8 +441,7 @@ class Tokenizer(nn.Module):
         use each group once; Eq. 5 read literally has no group for the first step.
         """
         c = self.config
-        group = (u * c.groups + 0.5).long()
-        return group.clamp(max=c.groups - 1) * c.group_size
+        return (u * c.groups + 0.5).long().clamp(max=c.groups - 1) * c.group_size
 
     def forward(self, images, labels=None, *, u=None, noise=None):
         """Return the training loss and its parts.
@@ -601,19 +599,19 @@ def load_lpips(device):
             value = value.to(memory_format=torch.channels_last)
         if "classifier" not in name:
             weights[name] = value.detach().to(device)
-    return functools.partial(lpips_parts, weights)
+    return partial(lpips_parts, weights)
 
 
 def load_dino(device):
     """Return dino_features with the published network. Raise UserError if it cannot be had."""
-    state = published("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/"
-                      "dinov2_vitb14_pretrain.pth")
+    state = published(
+        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth")
     hint = "not available: --set repa_weight=0 trains without it"
     with common.untrusted("facebookresearch/dinov2", hint), common.rank_zero_first():
         network = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14", pretrained=False,
                                  trust_repo=True)
         network.load_state_dict(state)
-    return functools.partial(dino_features, network.eval().to(device))
+    return partial(dino_features, network.eval().to(device))
 
 
 # --- The AR model ---------------------------------------------------------------------------------
@@ -627,13 +625,13 @@ class LlamaBlock(nn.Module):
         hidden = 256 * math.ceil(dim / 96)  # 8/3 dim, rounded up to a multiple of 256
         self.heads = config.heads
         self.dropout = nn.Dropout(config.dropout)
-        self.attention_norm = nn.RMSNorm(dim, eps=1e-5)
-        self.wqkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.wo = nn.Linear(dim, dim, bias=False)
-        self.ffn_norm = nn.RMSNorm(dim, eps=1e-5)
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.attention_norm = RMSNorm(dim)
+        self.wqkv = Matrix(dim, 3 * dim)
+        self.wo = Matrix(dim, dim)
+        self.ffn_norm = RMSNorm(dim)
+        self.w1 = Matrix(dim, hidden)
+        self.w3 = Matrix(dim, hidden)
+        self.w2 = Matrix(hidden, dim)
 
     def forward(self, x, rotary, cache=None, place=None, mask=None):
         """Return (B, n, dim) of x (B, n, dim).
@@ -666,8 +664,8 @@ class Llama(nn.Module):
         self.token_embed = nn.Embedding(c.tokenizer.codebook, c.dim)
         self.dropout = nn.Dropout(c.dropout)
         self.layers = nn.ModuleList(LlamaBlock(c) for _ in range(c.depth))
-        self.norm = nn.RMSNorm(c.dim, eps=1e-5)
-        self.output = nn.Linear(c.dim, c.tokenizer.codebook, bias=False)
+        self.norm = RMSNorm(c.dim)
+        self.output = Matrix(c.dim, c.tokenizer.codebook)
         rotary = cos_and_sin(torch.arange(c.tokenizer.queries), c.dim // c.heads)
         self.register_buffer("rotary", rotary, persistent=False)
         for parameter in self.parameters():
@@ -709,15 +707,15 @@ class Llama(nn.Module):
         return self.output(self.norm(x[:, 0])).float()
 
     @torch.no_grad()
-    def stream(self, labels, noise, *, prefix=(), tokens=None, cfg=None, **options):
+    def stream(self, labels, noise, *, prefix=(), tokens=None, **options):
         """Generate codes for labels (B,). Yield all codes so far, (B, 1) to (B, N), after each one.
 
-        prefix (k,): the first codes of all images. tokens: stop after this many. cfg: guidance
-        scales of the logits of the first and the last token; 1 is off, 0 is unconditional. options:
+        prefix (k,): the first codes of all images. tokens: stop after this many. options: cfg (the
+        guidance scales of the logits of the first and the last token; 1 is off, 0 unconditional),
         temperature, top_k, top_p; None means the config's default. Nothing in the loop waits for
         the device. Raise UserError for options out of range.
         """
-        c = common.with_options(self.config, cfg=cfg, **options)
+        c = common.with_options(self.config, **options)
         N = c.tokenizer.queries
         scales = torch.linspace(*c.cfg, N).tolist()
         guided = c.cfg != (1, 1)
@@ -726,9 +724,8 @@ class Llama(nn.Module):
             labels = torch.cat([labels, torch.full_like(labels, c.classes)])
         x = self.class_embed(labels)                               # (B or 2B, dim)
         memory = self.kept_cache or common.KeyValueCache()
-        shape = (len(x), c.heads, N, c.dim // c.heads)
         dtype = self.output(x).dtype                               # that of autocast, if it is on
-        cache = memory.allocate(c.depth, shape, dtype, x.device)
+        cache = memory.allocate(c.depth, (len(x), c.heads, N, c.dim // c.heads), dtype, x.device)
         draws = noise.uniform((N,))                                # one for each token
         places = torch.arange(N, device=x.device)
         visible = places <= places[:, None]                        # (N, N)
@@ -860,16 +857,6 @@ def ten_crops(image, size, rng):
     return crops + [common.mirror(crop) for crop in crops]
 
 
-def tokenizer_views(config):
-    """Return the views that the tokenizer is trained on."""
-    return random_scale_crop if config.crops == 10 else common.centre
-
-
-def ar_views(config):
-    """Return the views whose codes the AR model is trained on."""
-    return ten_crops if config.crops == 10 else common.centre
-
-
 def load_tokenizer(path):
     """Return the frozen tokenizer of a checkpoint, ours or released, or raise UserError."""
     tokenizer = load_official(path)
@@ -899,8 +886,11 @@ AR_RECIPES = {
     "l": PAPER_AR, "xl": PAPER_AR, "xxl": PAPER_AR}
 STAGES = [
     Stage("tokenizer", lambda config: Tokenizer(config.tokenizer), TOKENIZER_RECIPES,
-          tokenizer_views, load=load_tokenizer),
-    Stage("ar", Llama, AR_RECIPES, ar_views, first_stage="tokenizer")]
+          lambda config: random_scale_crop if config.crops == 10 else common.centre,
+          load=load_tokenizer),
+    Stage("ar", Llama, AR_RECIPES,
+          lambda config: ten_crops if config.crops == 10 else common.centre,
+          first_stage="tokenizer")]
 
 
 # --- Released checkpoints -------------------------------------------------------------------------
@@ -928,7 +918,7 @@ mlp\.fc2                        -> mlp.2
 \.(attention|feed_forward)\.w   -> .w
 """
 # Entry of a tokenizer -> the fields that its shape tells; "_" is none.
-SHAPES = """
+SHAPES = """\
 patchify.weight            -> dim _ patch
 query_table.weight         -> query_rows query_rank
 quantizer.embedding.weight -> codebook code_dim
@@ -936,7 +926,7 @@ from_code.weight           -> decoder_dim
 pixels.input.weight        -> pixel_dim
 """
 # Field of the released configuration of a tokenizer -> ours, where shapes do not tell.
-FIELDS = """
+FIELDS = """\
 sampling_resolution -> image_size
 num_all_queries     -> queries
 num_query_groups    -> groups
@@ -960,8 +950,9 @@ def load_official(path, **overrides):
             return from_released(content["model"], {}, path, **content["config"]["tokenizer"])
         state = common.unwrap(content, "model", "module", "state_dict", "ema")
         if "quant_in_conv.weight" in state:
-            state = common.unwrap(content, "ema", "model")
-        config = getattr(content.get("config"), "_data", {})
+            state = common.unwrap(content, "ema", "model", "module", "state_dict")
+        config = content.get("config", {})
+        config = getattr(config, "_data", config)
         return from_released(state, config.get("model", {}), path, **overrides)
 
 
@@ -976,7 +967,7 @@ def from_released(state, released, path="the checkpoint", **overrides):
         codebook, dim = state["token_embed.weight"].shape
         preset = next((preset for preset in PRESETS.values() if preset.dim == dim), Config())
         config = Config(
-            dim=dim, heads=dim // 64, depth=len(common.numbered(state, r"layers\.(\d+)")),
+            dim=dim, heads=dim // 64, depth=len(numbered(state, r"layers\.(\d+)")),
             classes=len(state["class_embed.weight"]) - 1, cfg=preset.cfg,
             tokenizer=TokenizerConfig(codebook=codebook))
         module = Llama(replace(config, **overrides))
@@ -986,15 +977,15 @@ def from_released(state, released, path="the checkpoint", **overrides):
             state[name] = state[name].flatten(1)            # a 1x1 convolution is a linear layer
         fields = dict(
             pixel_patch=math.isqrt(state["pixels.input.weight"].shape[1] // 3),
-            depth=len(common.numbered(state, r"encoder_layers\.(\d+)")),
-            decoder_depth=len(common.numbered(state, r"decoder_layers\.(\d+)")),
-            pixel_depth=len(common.numbered(state, r"pixels\.blocks\.(\d+)")))
-        for line in SHAPES.strip().splitlines():
+            depth=len(numbered(state, r"encoder_layers\.(\d+)")),
+            decoder_depth=len(numbered(state, r"decoder_layers\.(\d+)")),
+            pixel_depth=len(numbered(state, r"pixels\.blocks\.(\d+)")))
+        for line in SHAPES.splitlines():
             name, _, *axes = line.split()
             fields.update(zip(axes, state[name].shape))
         del fields["_"]
         released = released | released.get("diff_decoder", {})
-        for line in FIELDS.strip().splitlines():
+        for line in FIELDS.splitlines():
             theirs, _, ours = line.split()
             if theirs in released:
                 fields[ours] = released[theirs]

@@ -145,7 +145,7 @@ class Config:
 
     def steps_within(self, nfe):
         """Return the largest number of steps with at most `nfe` evaluations, or raise UserError."""
-        steps = (nfe - self.ar_depth) // self.diffusion_depth
+        steps = min((nfe - self.ar_depth) // self.diffusion_depth, *MAX_STEPS.values())
         if steps < 1:
             raise UserError(f"--nfe {nfe}: one step takes {self.evaluations(1)} layer evaluations")
         return steps
@@ -618,7 +618,7 @@ class MADFormer(nn.Module):
         targets = text[:, 1:]
         targets = targets.masked_fill((targets == EOS) | (targets == EOI), -100)  # not predicted
         targets = F.pad(targets, (0, 1), value=EOS)
-        return F.cross_entropy(self.head(rows).float().mT, targets)
+        return F.cross_entropy(self.head(rows).float().flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def sample(self, labels, noise, *, prompt=None, on_step=None, **options):
@@ -831,9 +831,10 @@ def from_released(state, path="the checkpoint", *, unet=None, **fields):
     _, tokens, dim = state["boi"].shape
     vae = replace(SD_VAE, channels=state["down.conv_in.weight"].shape[1])
     side = math.isqrt(fields["ar_length"] * tokens)  # tokens per image side
-    config = Config(dim=dim, mlp=len(state["layers.0.towers.noise.gate.weight"]),
-                    depth=len(common.numbered(state, r"layers\.(\d+)\.")),
-                    image_size=side * unet.factor * vae.factor, unet=unet, vae=vae, **fields)
+    shapes = dict(dim=dim, mlp=len(state["layers.0.towers.noise.gate.weight"]),
+                  depth=len(common.numbered(state, r"layers\.(\d+)\.")),
+                  image_size=side * unet.factor * vae.factor)
+    config = Config(unet=unet, vae=vae, **shapes | fields)
     if not config.clean_blocks:  # the files have the clean tower even where it is off
         state = {name: tensor for name, tensor in state.items() if ".towers.clean." not in name}
     model = MADFormer(config)

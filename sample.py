@@ -16,18 +16,18 @@ says what was sampled and how.
 """
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import common
-from common import UserError
+from common import UserError, natural, positive
 
 STRIPS = 16  # images at most in a picture of steps
 FRAMES = 48  # of a GIF, at most
@@ -47,13 +47,13 @@ def arguments():
     add("--vae", "--tokenizer", dest="first_stage", help="default: the run's own")
     add("--raw", action="store_true", help="the last weights instead of their average (EMA)")
     add("--classes", nargs="+", help="ids or names (default: all)")
-    add("--n", type=common.positive, help="images, balanced over the classes (default: 8 of each)")
-    add("--seed", type=common.natural, default=0)
-    add("--batch-size", type=common.positive, default=64)
+    add("--n", type=positive, help="images, balanced over the classes (default: 8 of each)")
+    add("--seed", type=natural, default=0)
+    add("--batch-size", type=positive, default=64)
     add("--out", default="samples.png", help="x.png, x.gif, x.npz (arr_0, labels arr_1), or folder")
     add("--stream", action="store_true", help="show every step in x.png or x.gif, while it is made")
     add("--reconstruct", nargs="+", help="encode and decode pictures or a data set")
-    add("--image-size", type=common.positive, default=32, help="pixels for a VAE that reconstructs")
+    add("--image-size", type=positive, default=32, help="pixels for a VAE that reconstructs")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on CUDA, else fp32")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, not for tiny")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
@@ -68,8 +68,7 @@ def arguments():
     is_picture = args.ending in common.ENDINGS
     if args.stream and not is_picture:
         parser.error("--stream writes a picture")
-    has_steps = bool(args.stream or args.reconstruct or args.ending == ".gif")
-    args.shows_steps = is_picture and has_steps
+    args.shows_steps = bool(args.stream or args.ending == ".gif" or args.reconstruct and is_picture)
     return args, model_file, options
 
 
@@ -111,7 +110,7 @@ class Job:
     """Images to make, and what is known about them."""
     args: argparse.Namespace
     process: common.Process
-    function: functools.partial  # (inputs (b,), noise, on_step=None) -> images (b, 3, h, w), facts
+    function: partial            # (inputs (b,), noise, on_step=None) -> images (b, 3, h, w), facts
     inputs: np.ndarray           # each image's label, or its place in the data
     labels: np.ndarray           # (n,); when compiled, more inputs than labels fill the last batch
     names: list                  # what the labels stand for
@@ -167,8 +166,8 @@ def generation(args, process, model_file, options):
         inputs = np.resize(labels, n + -n % args.batch_size)
     about = {**dataclasses.asdict(config), **options, **about,
              "labels": "balanced" if names == class_names else "none"}
-    function = functools.partial(model_file.generate, model, first_stage, **options)
-    return Job(args, process, function, inputs, labels, names, about)
+    return Job(args, process, partial(model_file.generate, model, first_stage, **options),
+               inputs, labels, names, about)
 
 
 def reconstruction(args, process, model_file, options):
@@ -187,8 +186,8 @@ def reconstruction(args, process, model_file, options):
     labels = data.labels[:args.n]
     about = {"checkpoint": str(path), "weights_hash": common.fingerprint(first_stage)}
     samples = common.Samples(data, size, common.centre)
-    function = functools.partial(reconstruct, first_stage, samples, **options)
-    return Job(args, process, function, np.arange(len(labels)), labels, data.classes, about)
+    return Job(args, process, partial(reconstruct, first_stage, samples, **options),
+               np.arange(len(labels)), labels, data.classes, about)
 
 
 def reconstruct(first_stage, samples, indices, noise, on_step=None, **options):
@@ -259,10 +258,10 @@ def load(args, model_file, device):
 def make_all(job, partial):
     """Return a Cache of all films in the folder `partial`, where their facts are stored, too. Ranks
     share the work, and what is there is not made again."""
-    n, process = len(job.inputs), job.process
+    n = len(job.inputs)
     films = common.Cache(partial, n, job.args.batch_size)
-    bar = common.progress(n // process.world, "sampling", "img", process.rank)
-    for batch in films.missing(process.rank, process.world):
+    bar = common.progress(n // job.process.world, "sampling", "img", job.process.rank)
+    for batch in films.missing():
         film, facts = job.make(batch)
         common.save(partial / f"{batch[0]:08d}.pt", facts)
         films.write(batch, film.numpy())
@@ -273,13 +272,13 @@ def make_all(job, partial):
 
 def write(job, films, partial):
     """Write a picture of the films (steps, 3, h, w), or a set of their last images."""
-    ending, out = job.args.ending, job.args.out
-    if ending in common.ENDINGS:
+    args = job.args
+    if args.ending in common.ENDINGS:
         write_picture(job, torch.from_numpy(np.stack(films)))
-    elif ending == ".npz":
+    elif args.ending == ".npz":
         shape = (len(films), *films[0].shape[2:], 3)
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        with common.atomic(out) as f, zipfile.ZipFile(f, "w") as archive:
+        with common.atomic(args.out) as f, zipfile.ZipFile(f, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as images:
                 np.lib.format.write_array_header_1_0(images, header)
                 for film in films:  # one by one: the set may not fit into memory

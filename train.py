@@ -47,7 +47,6 @@ every N steps
 """
 import argparse
 import copy
-import dataclasses
 import itertools
 import json
 import os
@@ -56,6 +55,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -249,8 +249,8 @@ class Run:
         else:
             load_initial_weights(self)
         if len(set(common.gather(self.step))) > 1:
-            raise UserError(f"the ranks found different states in {self.folder}: do all machines"
-                            " share it?")
+            raise UserError(
+                f"the ranks found different states in {self.folder}: do all machines share it?")
         left = (self.recipe.epochs * self.order.length - self.seen) / batch
         self.steps = args.steps or max(1, self.step + int(left + 0.5))  # at the end
 
@@ -292,9 +292,9 @@ def adamw(network, recipe):
         decays = network.decays(name, p) if hasattr(network, "decays") else p.ndim > 1
         if p.requires_grad:
             (decayed if decays else others).append(p)
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, recipe.lr, recipe.betas, weight_decay=recipe.weight_decay,
-                             fused=True)
+    return torch.optim.AdamW(
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+        recipe.lr, recipe.betas, weight_decay=recipe.weight_decay, fused=True)
 
 
 def resume(run):
@@ -302,7 +302,7 @@ def resume(run):
     path = run.folder / "state.pt"
     with common.untrusted(path, "damaged: --fresh starts again, --out names another folder"):
         state = torch.load(path, "cpu", weights_only=True)
-        config = dataclasses.asdict(run.config)
+        config = asdict(run.config)
         if state["config"] != config:
             old = {k: v for k, v in state["config"].items() if v != config.get(k)}
             raise UserError(f"{run.folder} was started with another configuration ({old}): --fresh"
@@ -381,8 +381,8 @@ def loader(run):
     views = run.stage.views(run.config)
     cache = None
     if run.first_stage and args.cache != "off":
-        folder = args.cache or run.folder.with_name("cache")
-        cache = common.cached(folder, run.data, size, run.first_stage, views, workers)
+        cache = common.cached(args.cache or run.folder.with_name("cache"), run.data, size,
+                              run.first_stage, views, workers)
         workers = 0
     places = itertools.count(run.seen + run.process.rank * run.micro,
                              run.process.world * run.micro)
@@ -430,7 +430,7 @@ def save(run, keep):
     first_stage = stage.first_stage and f"../{stage.first_stage}/model.pt"  # from this folder
     about = {"model_name": args.model, "size": args.size, "stage": stage.name,
              "data": run.data.name, "first_stage": args.first_stage or first_stage,
-             "config": dataclasses.asdict(run.config), "recipe": dataclasses.asdict(run.recipe),
+             "config": asdict(run.config), "recipe": asdict(run.recipe),
              "step": run.step, "seed": args.seed}
     for half_written in run.folder.glob(".*.pt"):  # by a killed process
         half_written.unlink()
@@ -476,8 +476,8 @@ def save_grid(run):
     else:
         n = COLUMNS * min(10, run.config.classes)
         pictures, _ = generated(run, torch.arange(n), n)
-    sheet = common.grid(pictures, COLUMNS)
-    common.save_picture(run.folder / f"samples/step_{run.step:06d}.png", sheet)
+    common.save_picture(run.folder / f"samples/step_{run.step:06d}.png",
+                        common.grid(pictures, COLUMNS))
 
 
 def evaluate(run, evaluator):
@@ -498,9 +498,8 @@ def start_log(run):
     Open TensorBoard."""
     path = run.folder / "log.jsonl"
     text = path.read_text(errors="replace") if path.exists() else ""
-    lines = re.findall(r'^(\{"step": (\d+), .*\}\n)', text, re.MULTILINE)
     with common.atomic(path) as f:
-        for line, step in lines:
+        for line, step in re.findall(r'^(\{"step": (\d+), .*\}\n)', text, re.MULTILINE):
             if int(step) <= run.step:
                 f.write(line.encode())
     if run.args.tensorboard:

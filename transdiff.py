@@ -632,15 +632,17 @@ def from_released(state, path="the checkpoint", **overrides):
     state = common.renamed(state, RELEASED)
     classes, dim = state["ar.class_embed.weight"].shape
     _, features, _ = state["ar.feature_pos"].shape
-    mrar = state["ar.mask"].shape[1] > 1
+    block = state["ar.mask"].shape[1]
+    mrar = block > 1
     vae = VAEConfig(channels=len(state["decoder.output.bias"]))
     image_size = math.isqrt(state["decoder.pos"].shape[1]) * vae.factor
-    config = replace(
-        published(dim, mrar, image_size), dim=dim, mrar=mrar, image_size=image_size, vae=vae,
-        classes=classes, features=features, class_tokens=state["ar.pos"].shape[1] - features,
+    shapes = dict(
+        dim=dim, mrar=mrar, image_size=image_size, vae=vae, classes=classes, features=features,
+        images=features // block if mrar else Config.images,
+        class_tokens=state["ar.pos"].shape[1] - features,
         ar_depth=len(common.numbered(state, r"ar\.blocks\.(\d+)")),
         depth=len(common.numbered(state, r"decoder\.blocks\.(\d+)")))
-    model = TransDiff(replace(config, **overrides))
+    model = TransDiff(replace(published(dim, mrar, image_size), **shapes | overrides))
     common.load_strict(model, state, path)
     return model.eval()
 
@@ -651,7 +653,7 @@ def published(dim, mrar, image_size):
         config = mrar_config(preset) if mrar else preset
         if (config.dim, config.image_size) == (dim, image_size):
             return config
-    return Config(dim=dim, heads=max(dim // 64, 1))
+    return Config(dim=dim, heads=min(16, max(dim // 64, 1)))
 
 
 def main():

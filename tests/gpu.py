@@ -61,11 +61,12 @@ class Case:
         torch.manual_seed(0)
         self.generate = model_file.generate if stage.first_stage else None
         config = bench.make_config(args, model_file, stage)
-        self.first_stage = bench.frozen(model_file.STAGES[0].build(config), CPU.device)
         self.network = stage.build(config)
-        for parameter in self.network.parameters():
+        first_stage = model_file.STAGES[0].build(config)
+        for parameter in [*self.network.parameters(), *first_stage.parameters()]:
             if not parameter.any():  # as outputs are at first
                 torch.nn.init.normal_(parameter, std=0.02)
+        self.first_stage = bench.frozen(first_stage, CPU.device)
         self.inputs = bench.training_batch(4, stage, config, self.first_stage, CPU.device)
 
     def outcome(self, process):
