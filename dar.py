@@ -130,7 +130,7 @@ def plain_norm(x):
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 RMSNorm = partial(nn.RMSNorm, eps=1e-5)
-Matrix = partial(nn.Linear, bias=False)
+Matrix = partial(nn.Linear, bias=False)  # a linear layer that is a matrix alone
 
 
 def mlp(dim, hidden, out):

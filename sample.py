@@ -85,21 +85,21 @@ def main():
     about = {**job.about, **vars(args), "count": n, "precision": process.precision,
              "torch": torch.__version__}
     digest = common.short_hash(json.dumps(about).encode())
-    partial = out.with_name(f"{out.name}.{digest}.partial")
-    films = make_all(job, partial)
+    unfinished = out.with_name(f"{out.name}.{digest}.partial")
+    films = make_all(job, unfinished)
     if process.rank == 0:
-        write(job, [films[k] for k in range(n)], partial)
-        facts = [common.read_checkpoint(file) for file in sorted(partial.glob("[0-9]*.pt"))]
+        write(job, films, unfinished)
+        facts = [common.read_checkpoint(file) for file in sorted(unfinished.glob("[0-9]*.pt"))]
         for name in facts[0]:  # their means over all images, whatever batches and ranks made them
             values = torch.cat([batch[name] for batch in facts])[:n]
             about[name] = values.double().mean(0).tolist()
-        folder = partial / "set"
+        folder = unfinished / "set"
         beside = folder / "meta.json" if folder.exists() else out.with_suffix(".meta.json")
         with common.atomic(beside) as f:
             f.write(json.dumps(about, indent=1).encode())
         if folder.exists():
             folder.rename(out)
-        shutil.rmtree(partial)
+        shutil.rmtree(unfinished)
         print(f"wrote {out} and {beside.name}: {n} images")
 
 
@@ -255,41 +255,42 @@ def load(args, model_file, device):
 # --- Where it goes --------------------------------------------------------------------------------
 
 @torch.no_grad()
-def make_all(job, partial):
-    """Return a Cache of all films in the folder `partial`, where their facts are stored, too. Ranks
+def make_all(job, unfinished):
+    """Return a Cache of all films in the folder `unfinished`, where their facts are stored, too. Ranks
     share the work, and what is there is not made again."""
     n = len(job.inputs)
-    films = common.Cache(partial, n, job.args.batch_size)
+    films = common.Cache(unfinished, n, job.args.batch_size)
     bar = common.progress(n // job.process.world, "sampling", "img", job.process.rank)
     for batch in films.missing():
         film, facts = job.make(batch)
-        common.save(partial / f"{batch[0]:08d}.pt", facts)
+        common.save(unfinished / f"{batch[0]:08d}.pt", facts)
         films.write(batch, film.numpy())
         bar.update(len(batch))
     common.gather(None)  # wait for the other ranks
     return films
 
 
-def write(job, films, partial):
+def write(job, films, unfinished):
     """Write a picture of the films (steps, 3, h, w), or a set of their last images."""
     args = job.args
+    n = len(job.labels)
     if args.ending in common.ENDINGS:
-        write_picture(job, torch.from_numpy(np.stack(films)))
+        write_picture(job, torch.from_numpy(np.stack([films[k] for k in range(n)])))
     elif args.ending == ".npz":
-        shape = (len(films), *films[0].shape[2:], 3)
+        shape = (n, *films[0].shape[2:], 3)
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with common.atomic(args.out) as f, zipfile.ZipFile(f, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as images:
                 np.lib.format.write_array_header_1_0(images, header)
-                for film in films:  # one by one: the set may not fit into memory
-                    images.write(film[-1].transpose(1, 2, 0).tobytes())
+                for k in range(n):  # one by one: the set may not fit into memory
+                    images.write(films[k][-1].transpose(1, 2, 0).tobytes())
             with archive.open("arr_1.npy", "w") as labels:
                 np.save(labels, job.labels)
     else:
-        shutil.rmtree(partial / "set", ignore_errors=True)  # of a killed process
+        shutil.rmtree(unfinished / "set", ignore_errors=True)  # of a killed process
         for k, label in enumerate(job.labels):
             picture = common.Image.fromarray(films[k][-1].transpose(1, 2, 0))
-            common.save_picture(partial / f"set/{k:06d}_class{label}.png", picture)
+            common.save_picture(unfinished / f"set/{k:06d}_class{label}.png", picture)
 
 
 def write_picture(job, films):
