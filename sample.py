@@ -256,7 +256,7 @@ def load(args, model_file, device):
 
 @torch.no_grad()
 def make_all(job, unfinished):
-    """Return a Cache of all films in the folder `unfinished`, where their facts are stored, too. Ranks
+    """Return a Cache of all films in the folder `unfinished`, which also stores their facts. Ranks
     share the work, and what is there is not made again."""
     n = len(job.inputs)
     films = common.Cache(unfinished, n, job.args.batch_size)
