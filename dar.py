@@ -29,15 +29,14 @@ import torch.nn.functional as F
 import common
 from common import Recipe, Stage, UserError, numbered
 
-HEAD = 64  # channels of each attention head of the tokenizer
-
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """Shape, training times and sampler of the tokenizer. The default is the published one."""
     image_size: int = 256    # pixels
     patch: int = 16          # side of the encoder's patches, pixels
-    dim: int = 768           # width of the encoder; like the other widths a multiple of 64
+    dim: int = 768           # width of the encoder; like the other widths a multiple of `head`
+    head: int = 64           # channels of each attention head
     depth: int = 8           # encoder blocks
     queries: int = 256       # N
     query_rows: int = 1024   # rows in the tables of queries and positions; the first N are used
@@ -60,8 +59,9 @@ class TokenizerConfig:
 
     def __post_init__(self):
         common.check(self, {
-            f"dim, decoder_dim, pixel_dim must be multiples of {HEAD}":
-                math.gcd(self.dim, self.decoder_dim, self.pixel_dim) % HEAD == 0,
+            "dim, decoder_dim, pixel_dim must be multiples of head, and head of 4":
+                0 == self.head % 4
+                == math.gcd(self.dim, self.decoder_dim, self.pixel_dim) % self.head,
             "image_size must be divisible by patch and pixel_patch":
                 self.image_size % math.lcm(self.patch, self.pixel_patch) == 0,
             "queries must be divisible by groups, and at most query_rows":
@@ -107,7 +107,7 @@ class Config:
 
 
 TINY_TOKENIZER = TokenizerConfig(
-    patch=4, dim=128, depth=2, queries=64, query_rows=64, codebook=512, code_dim=3,
+    patch=4, dim=128, head=32, depth=2, queries=64, query_rows=64, codebook=512, code_dim=3,
     decoder_dim=128, decoder_depth=2, pixel_patch=4, pixel_dim=128, pixel_depth=4, repa_layer=0)
 PRESETS = {
     "tiny": Config(
@@ -145,7 +145,7 @@ def rotate(x, rotary):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
-def cos_and_sin(positions, width=HEAD // 2):
+def cos_and_sin(positions, width):
     """Return cos and sin (2, n, C/2) of angles for C channels at positions (n,).
 
     positions may be (n, axes): then each axis has `width` channels, so that C = axes * width.
@@ -160,34 +160,35 @@ def grid_positions(side):
     return torch.cartesian_prod(torch.arange(side), torch.arange(side))
 
 
-def split_heads(x):
-    """Return (B, heads, n, HEAD) of x (B, n, dim)."""
-    return x.unflatten(2, (-1, HEAD)).transpose(1, 2)
+def split_heads(x, head):
+    """Return (B, heads, n, head) of x (B, n, dim)."""
+    return x.unflatten(2, (-1, head)).transpose(1, 2)
 
 
 class Attention(nn.Module):
     """Multi-head attention with normalised queries and keys."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, head):
         super().__init__()
+        self.head = head
         linear = partial(nn.Linear, dim, dim)
         self.q = linear()
         self.k = linear()
         self.v = linear()
         self.proj = linear()
-        self.q_norm = LayerNorm(HEAD)
-        self.k_norm = LayerNorm(HEAD)
+        self.q_norm = LayerNorm(head)
+        self.k_norm = LayerNorm(head)
 
     def forward(self, x, context=None, rotary=None, **mask):
         """Return (B, n, dim) of x (B, n, dim), which attends to a context (B, m, dim) or to itself.
 
-        rotary (2, n, HEAD/2) tells the positions of x. The tokens of a context have none. mask:
+        rotary (2, n, head/2) tells the positions of x. The tokens of a context have none. mask:
         attn_mask or is_causal of scaled_dot_product_attention.
         """
         source = x if context is None else context
-        q = self.q_norm(split_heads(self.q(x)))
-        k = self.k_norm(split_heads(self.k(source)))               # (B, heads, m, HEAD)
-        v = split_heads(self.v(source))
+        q = self.q_norm(split_heads(self.q(x), self.head))
+        k = self.k_norm(split_heads(self.k(source), self.head))    # (B, heads, m, head)
+        v = split_heads(self.v(source), self.head)
         if rotary is not None:
             q = rotate(q, rotary)
             k = rotate(k, rotary) if context is None else k
@@ -198,10 +199,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block whose gates are zero at first."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, head):
         super().__init__()
         self.norm1 = LayerNorm(dim)
-        self.attention = Attention(dim)
+        self.attention = Attention(dim, head)
         self.norm2 = LayerNorm(dim)
         self.mlp = mlp(dim, 4 * dim, dim)
         self.gate1 = nn.Parameter(torch.zeros(dim))
@@ -261,13 +262,13 @@ class PixelBlock(nn.Module):
     which adds nothing to the residual stream itself (Sec. 4).
     """
 
-    def __init__(self, dim):
+    def __init__(self, dim, head):
         super().__init__()
         self.time = mlp(dim, dim, dim)
         self.condition = mlp(dim, dim, dim)
-        self.cross = Attention(dim)
+        self.cross = Attention(dim, head)
         self.modulation = nn.Linear(dim, 6 * dim)
-        self.attention = Attention(dim)
+        self.attention = Attention(dim, head)
         self.mlp = mlp(dim, 4 * dim, dim)
 
     def forward(self, x, time, group, rotary):        # (B, n, dim), (B or 1, dim), (B, q, dim)
@@ -290,12 +291,14 @@ class PixelDecoder(nn.Module):
         self.condition = nn.Linear(config.decoder_dim, dim)
         self.input = nn.Linear(channels, dim)
         self.output = nn.Linear(dim, channels)
-        self.blocks = nn.ModuleList(PixelBlock(dim) for _ in range(config.pixel_depth))
+        self.blocks = nn.ModuleList(
+            PixelBlock(dim, config.head) for _ in range(config.pixel_depth))
         if config.repa_layer:
             self.repa = nn.Sequential(*mlp(dim, 2048, 2048), nn.SiLU(), nn.Linear(2048, 768))
         side = config.image_size // config.pixel_patch
         self.grid = (side, side)                                   # of patches
-        self.register_buffer("rotary", cos_and_sin(grid_positions(side)), persistent=False)
+        self.register_buffer("rotary", cos_and_sin(grid_positions(side), config.head // 2),
+                             persistent=False)
 
     def forward(self, x, t, group, repa=False):
         """Return the velocity (B, 3, h, w) of x (B, 3, h, w), and REPA's features or None.
@@ -357,16 +360,17 @@ class Tokenizer(nn.Module):
         self.patchify = nn.Conv2d(3, c.dim, c.patch, c.patch)
         self.query_table = nn.Embedding(c.query_rows, c.query_rank)
         self.query_linear = nn.Linear(c.query_rank, c.dim)
-        self.encoder_layers = nn.ModuleList(Block(c.dim) for _ in range(c.depth))
+        self.encoder_layers = nn.ModuleList(Block(c.dim, c.head) for _ in range(c.depth))
         self.to_code = Matrix(c.dim, c.code_dim)
         self.quantizer = Quantizer(c.codebook, c.code_dim)
         self.from_code = Matrix(c.code_dim, c.decoder_dim)
         self.positions = nn.Embedding(c.query_rows, c.decoder_dim)
-        self.decoder_layers = nn.ModuleList(Block(c.decoder_dim) for _ in range(c.decoder_depth))
+        self.decoder_layers = nn.ModuleList(
+            Block(c.decoder_dim, c.head) for _ in range(c.decoder_depth))
         self.pixels = PixelDecoder(c)
         positions = grid_positions(c.image_size // c.patch)
         positions = F.pad(positions, (0, 0, 0, c.queries))         # (P + N, 2), 0 for queries
-        self.register_buffer("rotary", cos_and_sin(positions), persistent=False)
+        self.register_buffer("rotary", cos_and_sin(positions, c.head // 2), persistent=False)
         # As released: blocks are the identity at first, the velocity is zero. But blocks narrower
         # than 768 get larger weights, without which `tiny` learns markedly slower.
         for name, module in self.named_modules():

@@ -32,7 +32,6 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask, fl
 import common
 from common import SD_VAE, TINY_VAE, Recipe, Stage, UserError, VAEConfig
 
-HEAD = 64                               # channels of an attention head
 MAX_STEPS = {"ddim": 1000, "dpm": 999}  # of each sampler
 TEXT, CLEAN, NOISE = range(3)           # kinds of rows
 BOS, EOS, BOI, EOI = range(256, 260)    # begin and end of text and image; smaller tokens: bytes
@@ -70,7 +69,8 @@ class Config:
     class_names: tuple[str, ...] = ()  # the texts that the model is trained on; from the data
     text: bool = False                 # whether there is a text tower
     vocabulary: int = TOKENS           # rows of the token embedding, 260 or more
-    dim: int = 1152                    # a multiple of 64
+    dim: int = 1152                    # a multiple of `head`
+    head: int = 64                     # channels of an attention head, a multiple of 4
     mlp: int = 4096                    # hidden width of the MLPs
     depth: int = 28                    # N
     diffusion_depth: int = 14          # D, 1 .. N: layers that denoise (Table 1)
@@ -97,7 +97,7 @@ class Config:
         unit = self.vae.factor * self.unet.factor * self.across
         common.check(
             self,
-            {f"dim is a multiple of {HEAD}": self.dim % HEAD == 0,
+            {"dim is a multiple of head, and head of 4": self.dim % self.head == 0 == self.head % 4,
              f"diffusion_depth is 1 to {self.depth}": 1 <= self.diffusion_depth <= self.depth,
              "ar_length is a square number": self.across**2 == self.ar_length,
              f"image_size is a multiple of {unit}: {self.across} blocks of whole tokens a side":
@@ -154,9 +154,10 @@ class Config:
 # The released code trains FFHQ; of ImageNet there is only the paper.
 PAPER = dict(target="clean", image_weight=5.0, hidden="condition")
 PRESETS = {
-    "tiny": Config(image_size=32, classes=10, text=True, dim=128, mlp=384, depth=8,
+    "tiny": Config(image_size=32, classes=10, text=True, dim=128, head=32, mlp=384, depth=8,
                    diffusion_depth=4, ar_length=4, clean_time="zero", steps=25, **PAPER,
-                   unet=UNetConfig((32, 64), (1, 1), (0, 0), time_dim=64), vae=TINY_VAE),
+                   unet=UNetConfig((32, 64), (1, 1), (0, 0), time_dim=64),
+                   vae=replace(TINY_VAE, channels=4)),
     "ffhq": Config(),
     "imagenet": Config(image_size=256, classes=1000, text=True, vocabulary=128256, ar_length=4,
                        steps=100, **PAPER)}
@@ -279,17 +280,17 @@ class UNetHalf(nn.Module):
 
 # --- The transformer ------------------------------------------------------------------------------
 
-def rotary_grid(rows, columns, side):
-    """Return cos and sin (2, m, 64) for tokens at (rows, columns), of `side` tokens per side."""
+def rotary_grid(rows, columns, side, head):
+    """Return cos and sin (2, m, head) for tokens at (rows, columns), of `side` tokens per side."""
     base = 100 * (1 + int(8 * side / math.pi) // 100)
-    omega = base ** (-torch.arange(HEAD // 4, device=rows.device) / (HEAD // 4 - 1))
+    omega = base ** (-torch.arange(head // 4, device=rows.device) / (head // 4 - 1))
     positions = torch.stack([rows, rows, columns, columns], 1)           # (m, 4)
-    angles = (positions[:, :, None] * omega).flatten(1)                  # (m, 64)
+    angles = (positions[:, :, None] * omega).flatten(1)                  # (m, head)
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x, rotary):
-    """Mix channel i of x (..., m, 64), by its row's angle, with i + 32, by its column's.
+    """Mix channel i of x (..., m, head), by its row's angle, with i + head/2, by its column's.
 
     As released: this is a rotation only where row and column are equal.
     """
@@ -304,10 +305,11 @@ class Tower(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim = config.dim
+        self.head = config.head
         self.norm1 = nn.RMSNorm(dim, eps=1e-5)
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = nn.RMSNorm(HEAD, eps=1e-6)
-        self.k_norm = nn.RMSNorm(HEAD, eps=1e-6)
+        self.q_norm = nn.RMSNorm(self.head, eps=1e-6)
+        self.k_norm = nn.RMSNorm(self.head, eps=1e-6)
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.RMSNorm(dim, eps=1e-5)
         self.gate = nn.Linear(dim, config.mlp, bias=False)
@@ -315,12 +317,13 @@ class Tower(nn.Module):
         self.down = nn.Linear(config.mlp, dim, bias=False)
 
     def project_qkv(self, x):
-        """Return queries, keys and values (B, heads, m, 64) of rows x (B, m, dim)."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, -1, HEAD)).transpose(1, 3).unbind(2)
+        """Return queries, keys and values (B, heads, m, head) of rows x (B, m, dim)."""
+        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, -1, self.head))
+        q, k, v = qkv.transpose(1, 3).unbind(2)
         return self.q_norm(q.float()), self.k_norm(k.float()), v
 
     def project_and_mlp(self, x, mixed):
-        """Return the layer's output (B, m, dim). mixed (B, heads, m, 64): what attention gave."""
+        """Return the layer's output (B, m, dim). mixed (B, heads, m, head): what attention gave."""
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
@@ -343,8 +346,8 @@ class Layer(nn.Module):
     def forward(self, rows, rotary, attend):
         """Return the layer's output like `rows`: name of a tower -> (B, m, dim).
 
-        The M rows of all towers are in the order of the dict. rotary (2, M, 64). attend maps
-        queries, keys and values (B, heads, M, 64) to their shape.
+        The M rows of all towers are in the order of the dict. rotary (2, M, head). attend
+        maps queries, keys and values (B, heads, M, head) to their shape.
         """
         parts = [self.towers[name].project_qkv(x) for name, x in rows.items()]
         q, k, v = (torch.cat(part, 2) for part in zip(*parts))
@@ -405,15 +408,15 @@ def masked_attention(layout, text, isolated, flex):
 
 class Span(NamedTuple):
     """Where m rows of the sequence stand while sampling."""
-    caches: list               # keys and values (B, heads, slots, 64) of each layer that looks back
+    caches: list               # keys and values (B, heads, slots, head), each layer that looks back
     slots: torch.Tensor        # (m,) where their own keys and values are stored
     end: int                   # they attend to the slots before this one
     mask: torch.Tensor         # (B or 1, 1, m, end) bool: to which of them; None: to all
-    rotary: torch.Tensor       # (2, m, 64)
+    rotary: torch.Tensor       # (2, m, head)
 
 
 def cached_attention(cache, span, q, k, v):
-    """Store k and v (B, heads, m, 64) in a layer's cache, then attend to the cache."""
+    """Store k and v (B, heads, m, head) in a layer's cache, then attend to the cache."""
     keys, values = cache
     keys.index_copy_(2, span.slots, k)
     values.index_copy_(2, span.slots, v)
@@ -554,7 +557,7 @@ class MADFormer(nn.Module):
         condition (B, m, dim).
         """
         c = self.config
-        rotary = rotary_grid(*layout[2:], c.side)
+        rotary = rotary_grid(*layout[2:], c.side, c.head)
         attend = masked_attention(layout, text, isolated=False, flex=z.is_cuda)
         for i, layer in enumerate(self.layers):
             if i == c.ar_depth:
@@ -662,10 +665,10 @@ class MADFormer(nn.Module):
         if c.text:
             text = tokenize(conditions(c, prompt)).to(labels.device)[labels]  # (B, L)
         layout = torch.cat([self.text_layout(text), self.image_layout(CLEAN)], 1)
-        rotary = rotary_grid(*layout[2:], c.side)
+        rotary = rotary_grid(*layout[2:], c.side, c.head)
         mask = attention_mask(layout, text)
         slots = torch.arange(layout.shape[1], device=labels.device)
-        shape = (len(labels), c.dim // HEAD, len(slots), HEAD)
+        shape = (len(labels), c.dim // c.head, len(slots), c.head)
         dtype = (self.boi @ self.boi.mT).dtype  # of any product: bfloat16 under autocast
         depth = c.ar_depth if c.mlp_denoising else c.depth
         memory = self.memory or common.KeyValueCache()
@@ -850,9 +853,9 @@ def main():
             count = sum(p.numel() for p in MADFormer(c).parameters())
         print(f"{name:10s}{c.depth:6d}{c.diffusion_depth:6d}{c.dim:6d}{c.mlp:6d}{c.ar_length:6d}"
               f"{c.tokens:6d} {count:15,d}  {PUBLISHED.get(name, '-'):>9s}")
-    print("\nTiny: latents (2, 16, 8, 8) and labels (2,) through MADFormer.forward")
+    print("\nTiny: latents (2, 4, 8, 8) and labels (2,) through MADFormer.forward")
     model = MADFormer(PRESETS["tiny"])
-    common.walk(model, torch.randn(2, 16, 8, 8), torch.arange(2))
+    common.walk(model, torch.randn(2, 4, 8, 8), torch.arange(2))
 
 
 if __name__ == "__main__":

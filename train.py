@@ -455,14 +455,14 @@ def examples(run):
 
 
 def generated(run, indices, n):
-    """Return images `indices` of a set of n, uint8 (b, 3, h, w), and their labels. As in sample.py,
-    they are made by the averaged weights and balanced over the classes."""
+    """Return images `indices` of a set of n, uint8 (b, 3, h, w), their labels, and facts. As in
+    sample.py, they are made by the averaged weights and balanced over the classes."""
     labels = indices * run.config.classes // n
     noise = common.Noise(run.args.seed, indices.tolist(), run.process.device)
     with run.process.autocast():
-        images, _ = run.model_file.generate(run.ema, run.first_stage,
-                                            labels.to(run.process.device), noise)
-    return common.to_uint8(images), labels
+        images, facts = run.model_file.generate(run.ema, run.first_stage,
+                                                labels.to(run.process.device), noise)
+    return common.to_uint8(images), labels, facts
 
 
 def save_grid(run):
@@ -475,22 +475,27 @@ def save_grid(run):
         pictures = common.to_uint8(pairs.flatten(0, 1))
     else:
         n = COLUMNS * min(10, run.config.classes)
-        pictures, _ = generated(run, torch.arange(n), n)
+        pictures = generated(run, torch.arange(n), n)[0]
     common.save_picture(run.folder / f"samples/step_{run.step:06d}.png",
                         common.grid(pictures, COLUMNS))
 
 
 def evaluate(run, evaluator):
-    """Log the distance of samples to the data. Each rank makes its share of them."""
+    """Log the distance of samples to the data, and the means of facts about them, like TransDiff's
+    feature similarity. Each rank makes its share of the samples."""
     features = fid.Features()
+    facts = []
     n = max(run.args.fid_samples, 2 * run.process.world)
     share = torch.arange(n).tensor_split(run.process.world)[run.process.rank]
     for indices in share.split(run.micro):
-        images, labels = generated(run, indices, n)
+        images, labels, found = generated(run, indices, n)
         evaluator.extract(features, images.permute(0, 2, 3, 1), labels)
+        facts.append({name: values.double().mean().item() for name, values in found.items()})
+    facts = sum(common.gather(facts), [])                # of all batches of all ranks
+    means = {name: np.mean([batch[name] for batch in facts]) for name in facts[0]}
     numbers = evaluator.compare(features.gathered())
     if run.process.rank == 0:
-        log(run, **numbers)
+        log(run, **numbers, **means)
 
 
 def start_log(run):

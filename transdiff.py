@@ -39,12 +39,14 @@ class Config:
     class_names: tuple[str, ...] = ()   # from the data
     dim: int = 768                      # D, of both transformers
     heads: int = 12
-    ar_depth: int = 24                  # blocks of the AR transformer
+    ar_depth: int = 24                  # blocks of the AR transformer; 0: diffusion alone (Table 1)
     depth: int = 12                     # blocks of the diffusion decoder
     class_tokens: int = 64              # copies of the class embedding that begin the AR sequence
     features: int = 256                 # M semantic features; MRAR: of all images together
     images: int = 4                     # R of MRAR: images of a sample, rounds of sampling
     mrar: bool = False                  # False: 1-step AR
+    references: str = "images"          # of MRAR: other "images" of the class, or "scales": the
+                                        # same image at growing resolution (Table 4's baseline)
     feed: str = "latents"               # MRAR feeds back "latents" (Eq. 11, released) or
                                         # "features" (Alg. 2: only the last round is decoded)
     dropout: float = 0.1                # in attention, after attention and in the MLP, 0 .. 1
@@ -73,7 +75,7 @@ class Config:
                  not self.mrar
                  or self.features == self.images * side**2 and self.latent_size % side == 0},
             times=("logit-normal", "uniform"), feed=("latents", "features"),
-            solver=("maruyama", "euler"))
+            references=("images", "scales"), solver=("maruyama", "euler"))
 
     @property
     def latent_size(self):
@@ -81,14 +83,19 @@ class Config:
         return self.image_size // self.vae.factor
 
     @property
-    def images_per_sample(self):
-        """R: images of one class that make one training sample, and rounds of sampling."""
+    def rounds(self):
+        """R: images of a training sample, and rounds of sampling."""
         return self.images if self.mrar else 1
+
+    @property
+    def images_per_sample(self):
+        """How many images of the data make one training sample."""
+        return self.rounds if self.references == "images" else 1
 
     @property
     def features_per_image(self):
         """Features of one image: the block of the block-causal attention."""
-        return self.features // self.images_per_sample
+        return self.features // self.rounds
 
     @property
     def patch(self):
@@ -222,7 +229,7 @@ class ARTransformer(nn.Module):
         self.norm_out = LayerNorm(dim)
         self.feature_pos = table(c.features, dim)                   # added for the decoder
         # Published weights always have ref_proj, but only latents that are fed back go through it.
-        self.ref_proj.requires_grad_(c.images_per_sample > 1 and c.feed == "latents")
+        self.ref_proj.requires_grad_(c.rounds > 1 and c.feed == "latents")
 
     def start(self, labels):
         """Return [class | mask] (B, class_tokens + block, D)."""
@@ -230,6 +237,8 @@ class ARTransformer(nn.Module):
         embeddings = torch.cat([self.class_embed.weight, self.null])
         class_tokens = embeddings[labels][:, None].expand(-1, c.class_tokens, -1)
         mask = self.mask.expand(len(labels), c.features_per_image, -1)
+        if c.ar_depth == 0:  # the diffusion decoder alone: no block brings the class to the mask
+            mask = mask + class_tokens[:, :1]
         return torch.cat([class_tokens, mask], 1)                   # Eq. 9
 
     def reference(self, latents):
@@ -332,6 +341,13 @@ class Decoder(nn.Module):
         return self.output(x).float()
 
 
+def scales(latents, rounds):
+    """Return latents (B, z, h, w) at 1/8, 1/4, 1/2 and all of their resolution, for four rounds."""
+    sides = [latents.shape[2] >> r for r in reversed(range(rounds))]
+    return [F.interpolate(F.adaptive_avg_pool2d(latents, max(1, side)), latents.shape[2:])
+            for side in sides]
+
+
 # --- The whole model ------------------------------------------------------------------------------
 
 class TransDiff(nn.Module):
@@ -385,14 +401,14 @@ class TransDiff(nn.Module):
     def forward(self, latents, labels, *, drop=None, eps=None, t=None):
         """Return the training loss (Eq. 8): flow matching of each image on the features it may use.
 
-        latents (B, z, h, w), or (B, R, z, h, w) if R > 1: images of one class in the order of their
+        latents (B, z, h, w), or (B, R, z, h, w) in MRAR: images of one class in the order of their
         rounds. labels (B,). Drawn unless given: drop (B,) bool, the samples that lose their label;
         eps (R, m B, N, z) and t (R, m B), where m = config.repeat copies of the batch follow one
         another.
         """
         c = self.config
         m = c.repeat
-        images = latents.unbind(1) if c.images_per_sample > 1 else [latents]
+        images = latents.unbind(1) if c.images_per_sample > 1 else scales(latents, c.rounds)
         if drop is None:
             share = c.label_drop if self.training else 0.0
             drop = torch.rand(len(labels), device=labels.device) < share
@@ -422,10 +438,10 @@ class TransDiff(nn.Module):
         bad value.
         """
         c = common.with_options(self.config, **options)
-        rounds = rounds or c.images_per_sample
+        rounds = rounds or c.rounds
         features = features or c.features
-        if rounds > c.images_per_sample or features > c.features:
-            raise UserError(f"this model was trained for {c.images_per_sample} rounds"
+        if rounds > c.rounds or features > c.features:
+            raise UserError(f"this model was trained for {c.rounds} rounds"
                             f" and {c.features} features")
         kept = torch.arange(features, device=labels.device) * c.features // features
         start = noise.normal((c.latent_size**2, c.vae.channels))    # one start for all rounds

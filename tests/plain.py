@@ -18,7 +18,7 @@ def transdiff_sample(model, labels, noise, **options):
     ts = transdiff.time_grid(c.steps, "maruyama", labels.device)
     start = noise.normal((c.latent_size**2, c.vae.channels))
     images = []
-    for _ in range(c.images_per_sample):
+    for _ in range(c.rounds):
         h = torch.cat([model.semantic(labels, images), model.semantic(null, images)])
         condition = h + model.ar.feature_pos[:, :h.shape[1]]
         x = start

@@ -568,8 +568,8 @@ def test_madformer_masks(f):
 def test_madformer_rotary(f):
     """Bases, frequencies that end at exactly 1 / base, and the form that is no rotation."""
     diagonal = torch.arange(len(f["out/rope_cos_table"]))
-    angles = madformer.rotary_grid(*f.rope_pos, len(diagonal))
-    cos, sin = madformer.rotary_grid(diagonal, diagonal, len(diagonal))[:, :, :madformer.HEAD // 2]
+    angles = madformer.rotary_grid(*f.rope_pos, len(diagonal), 64)
+    cos, sin = madformer.rotary_grid(diagonal, diagonal, len(diagonal), 64)[:, :, :32]
     f.check(rope_q=madformer.rotate(f.rope_q, angles),
             rope_k=madformer.rotate(f.rope_k, angles), rope_cos_table=cos, rope_sin_table=sin)
     model = madformer_of(f)

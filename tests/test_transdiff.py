@@ -137,6 +137,27 @@ def test_an_image_does_not_depend_on_its_batch():
 
 # --- What the options mean ------------------------------------------------------------------------
 
+def test_scales_are_one_image_at_growing_resolution():
+    """Table 4's baseline: four rounds see means over 4 x 4, 4 x 4, 2 x 2 and 1 x 1 pixels."""
+    model = small(mrar=True, references="scales", dropout=0.0)
+    seen = []
+    model.semantic = lambda labels, references: (
+        seen.extend(references), TransDiff.semantic(model, labels, references))[1]
+    latents = torch.randn(2, 4, 4, 4)
+    model(latents, LABELS)
+    coarsest = latents.mean((2, 3), keepdim=True).expand_as(latents)
+    halved = F.avg_pool2d(latents, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    close(torch.stack(seen), torch.stack([coarsest, coarsest, halved]))
+
+
+def test_diffusion_alone_knows_the_class():
+    """Without AR blocks (Table 1) the loss still reaches the class, and only that of the sample."""
+    model = small(ar_depth=0, label_drop=0.0).train()
+    model(torch.randn(2, 4, 4, 4), LABELS)["loss"].backward()
+    learns = model.ar.class_embed.weight.grad.any(1)
+    assert learns.nonzero().flatten().tolist() == sorted(LABELS.tolist())
+
+
 @pytest.mark.parametrize("changes", [{}, {"images": 1}, {"feed": "features"}])
 def test_every_mrar_trains_and_samples(changes):
     """DistributedDataParallel stops at a parameter that requires a gradient and gets none."""
