@@ -1,14 +1,16 @@
 """The weights that come with the code make what is asked for."""
 import numpy as np
+import pytest
 import torch
 from conftest import ROOT, run
 
 CLASSES = [0, 1, 5, 7, 8, 9]  # t-shirt, trousers, sandal, sneaker, bag, ankle boot
 
 
-def test_samples_of_the_shipped_weights_look_like_their_classes(tmp_path):
+@pytest.mark.parametrize("model", ["transdiff", "dar", "madformer"])
+def test_samples_of_the_shipped_weights_look_like_their_classes(tmp_path, model):
     """Wrong labels, a wrong scale of the latents, or half precision that is too coarse."""
-    said = run(ROOT / "sample.py", "--model", "transdiff", "--classes", *CLASSES, "--n", 24,
+    said = run(ROOT / "sample.py", "--model", model, "--classes", *CLASSES, "--n", 24,
                "--out", "s.npz", cwd=tmp_path)
     assert "the weights that come with it" in said
     images = torch.from_numpy(np.load(tmp_path / "s.npz")["arr_0"])[..., 0].double()
