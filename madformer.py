@@ -70,7 +70,7 @@ class Config:
     text: bool = False                 # whether there is a text tower
     vocabulary: int = TOKENS           # rows of the token embedding, 260 or more
     dim: int = 1152                    # a multiple of `head`
-    head: int = 64                     # channels of an attention head, a multiple of 4
+    head: int = 64                     # channels of an attention head, 8, 12, 16, ...
     mlp: int = 4096                    # hidden width of the MLPs
     depth: int = 28                    # N
     diffusion_depth: int = 14          # D, 1 .. N: layers that denoise (Table 1)
@@ -97,7 +97,8 @@ class Config:
         unit = self.vae.factor * self.unet.factor * self.across
         common.check(
             self,
-            {"dim is a multiple of head, and head of 4": self.dim % self.head == 0 == self.head % 4,
+            {"dim is a multiple of head, and head of 4, from 8 on":
+                 self.dim % self.head == 0 == self.head % 4 < self.head > 4,
              f"diffusion_depth is 1 to {self.depth}": 1 <= self.diffusion_depth <= self.depth,
              "ar_length is a square number": self.across**2 == self.ar_length,
              f"image_size is a multiple of {unit}: {self.across} blocks of whole tokens a side":

@@ -303,8 +303,9 @@ def resume(run):
     with common.untrusted(path, "damaged: --fresh starts again, --out names another folder"):
         state = torch.load(path, "cpu", weights_only=True)
         config = asdict(run.config)
-        if state["config"] != config:
-            old = {k: v for k, v in state["config"].items() if v != config.get(k)}
+        before = asdict(common.rebuild(type(run.config), state["config"]))
+        if before != config:
+            old = {k: v for k, v in before.items() if v != config[k]}
             raise UserError(f"{run.folder} was started with another configuration ({old}): --fresh"
                             " starts again, --out names another folder")
         common.load_strict(run.network, state["model"], path)
@@ -490,9 +491,9 @@ def evaluate(run, evaluator):
     for indices in share.split(run.micro):
         images, labels, found = generated(run, indices, n)
         evaluator.extract(features, images.permute(0, 2, 3, 1), labels)
-        facts.append({name: values.double().mean().item() for name, values in found.items()})
+        facts.append({name: values.double().cpu() for name, values in found.items()})
     facts = sum(common.gather(facts), [])                # of all batches of all ranks
-    means = {name: np.mean([batch[name] for batch in facts]) for name in facts[0]}
+    means = {name: torch.cat([batch[name] for batch in facts]).mean().item() for name in found}
     numbers = evaluator.compare(features.gathered())
     if run.process.rank == 0:
         log(run, **numbers, **means)

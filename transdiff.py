@@ -39,7 +39,7 @@ class Config:
     class_names: tuple[str, ...] = ()   # from the data
     dim: int = 768                      # D, of both transformers
     heads: int = 12
-    ar_depth: int = 24                  # blocks of the AR transformer; 0: diffusion alone (Table 1)
+    ar_depth: int = 24                  # blocks of the AR transformer; 0: the decoder alone
     depth: int = 12                     # blocks of the diffusion decoder
     class_tokens: int = 64              # copies of the class embedding that begin the AR sequence
     features: int = 256                 # M semantic features; MRAR: of all images together
@@ -71,6 +71,7 @@ class Config:
              f"image_size must be divisible by {self.vae.factor}":
                  self.image_size % self.vae.factor == 0,
              "dim must be divisible by heads": self.dim % self.heads == 0,
+             "ar_depth must be 0 or more": self.ar_depth >= 0,
              "the features of an image must be a square grid that divides the latent":
                  not self.mrar
                  or self.features == self.images * side**2 and self.latent_size % side == 0},
@@ -342,7 +343,8 @@ class Decoder(nn.Module):
 
 
 def scales(latents, rounds):
-    """Return latents (B, z, h, w) at 1/8, 1/4, 1/2 and all of their resolution, for four rounds."""
+    """Return latents (B, z, h, w) at 1/8, 1/4, 1/2 and all of their resolution, for four rounds,
+    each enlarged again to the full size."""
     sides = [latents.shape[2] >> r for r in reversed(range(rounds))]
     return [F.interpolate(F.adaptive_avg_pool2d(latents, max(1, side)), latents.shape[2:])
             for side in sides]
@@ -401,7 +403,7 @@ class TransDiff(nn.Module):
     def forward(self, latents, labels, *, drop=None, eps=None, t=None):
         """Return the training loss (Eq. 8): flow matching of each image on the features it may use.
 
-        latents (B, z, h, w), or (B, R, z, h, w) in MRAR: images of one class in the order of their
+        latents (B, z, h, w), or (B, R, z, h, w): R images of one class in the order of their
         rounds. labels (B,). Drawn unless given: drop (B,) bool, the samples that lose their label;
         eps (R, m B, N, z) and t (R, m B), where m = config.repeat copies of the batch follow one
         another.

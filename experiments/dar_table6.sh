@@ -6,6 +6,8 @@ for beta in 1 2 4; do
     fit 3000 --model dar --stage tokenizer --out "$out/beta_$beta" --set tokenizer.beta=$beta
     judge beta_$beta --model dar --tokenizer "$out/beta_$beta/tokenizer/model.pt" \
         --reconstruct "$data"
-    grep usage "$out/beta_$beta/tokenizer/log.jsonl" | tail -n 1
 done
 table psnr_after_each_step beta_{1,2,4}
+for run in "$out"/beta_*; do
+    echo "$(basename "$run"): $(grep -o '"usage": [0-9.]*' "$run/tokenizer/log.jsonl" | tail -n 1)"
+done

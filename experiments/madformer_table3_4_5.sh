@@ -9,7 +9,7 @@ names=()
 for variant in "${variants[@]}"; do
     name=${variant%%:*} setting=${variant#*:}
     fit 1500 --model madformer --stage madformer --vae "$weights/madformer/vae/model.pt" \
-        --out "$out/$name" --cache "$out/cache" ${setting:+--set $setting}
+        --out "$out/$name" ${setting:+--set $setting}
     judge $name --model madformer --run "$out/$name"
     names+=($name)
 done

@@ -1,6 +1,6 @@
 """Print a Markdown table of sets that fid.py has judged.
 
-    python experiments/table.py FOLDER "psnr_after_each_step usage" first second
+    python experiments/table.py FOLDER "psnr_after_each_step steps" first second
 
 A row for each of FOLDER/first.fid.json, FOLDER/second.fid.json. After the columns of every table
 come the facts named in quotes, of which a list shows its last value.

@@ -394,7 +394,7 @@ def test_the_time_of_clean_blocks(clean_time):
 
 @pytest.mark.parametrize("changes,words", [
     ("ar_length=3", "square"), ("ar_length=64", "multiple of 32"), ("diffusion_depth=0", "1 to 3"),
-    ("dim=100", "multiple of 64"), ("steps=1001", "to 1000"), ("target=velocity", "clean, noise"),
+    ("dim=100", "multiple of head"), ("steps=1001", "to 1000"), ("target=velocity", "clean, noise"),
     ("clean_blocks=false clean_weight=1", "clean-tower"), ("unet.blocks=1", "each level"),
     ("unet.channels=8,14", "4 groups"), ("unet.heads=3", "3 heads")])
 def test_impossible_configurations_are_refused(changes, words):

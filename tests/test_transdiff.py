@@ -158,11 +158,12 @@ def test_diffusion_alone_knows_the_class():
     assert learns.nonzero().flatten().tolist() == sorted(LABELS.tolist())
 
 
-@pytest.mark.parametrize("changes", [{}, {"images": 1}, {"feed": "features"}])
+@pytest.mark.parametrize("changes", [
+    {}, {"images": 1}, {"feed": "features"}, {"references": "scales"}])
 def test_every_mrar_trains_and_samples(changes):
     """DistributedDataParallel stops at a parameter that requires a gradient and gets none."""
     model = small(mrar=True, **changes).train()
-    latents = torch.randn(2, model.config.images, 4, 4, 4).squeeze(1)  # a single image has no R
+    latents = torch.randn(2, model.config.images_per_sample, 4, 4, 4).squeeze(1)  # no R if 1
     model(latents, LABELS)["loss"].backward()
     assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert sample(model.eval()).shape == (2, 4, 4, 4)
