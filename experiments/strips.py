@@ -25,7 +25,7 @@ def columns(name, model_file, model, first_stage):
     labels = torch.tensor(CLASSES)
 
     def generate(**options):
-        noise = common.Noise(1, range(len(CLASSES)))
+        noise = common.Noise(0, range(len(CLASSES)))
         return model_file.generate(model, first_stage, labels, noise, **options)[0]
 
     steps = []
