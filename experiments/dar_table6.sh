@@ -8,6 +8,6 @@ for beta in 1 2 4; do
         --reconstruct "$data"
 done
 table psnr_after_each_step beta_{1,2,4}
-for run in "$out"/beta_*; do
+for run in "$out"/beta_*/; do
     echo "$(basename "$run"): $(grep -o '"usage": [0-9.]*' "$run/tokenizer/log.jsonl" | tail -n 1)"
 done

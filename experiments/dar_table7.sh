@@ -14,6 +14,6 @@ for k in 1 4 8 16; do
     names+=(r_k_$k g_k_$k)
 done
 table psnr_after_each_step "${names[@]}"
-for run in "$out"/k_*; do
+for run in "$out"/k_*/; do
     echo "$(basename "$run"): $(grep -o '"usage": [0-9.]*' "$run/tokenizer/log.jsonl" | tail -n 1)"
 done
