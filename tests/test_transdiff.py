@@ -151,7 +151,7 @@ def test_scales_are_one_image_at_growing_resolution():
 
 
 def test_diffusion_alone_knows_the_class():
-    """Without AR blocks (Table 1) the loss still reaches the class, and only that of the sample."""
+    """Without AR blocks the loss still reaches the class, and only that of the sample."""
     model = small(ar_depth=0, label_drop=0.0).train()
     model(torch.randn(2, 4, 4, 4), LABELS)["loss"].backward()
     learns = model.ar.class_embed.weight.grad.any(1)
