@@ -98,7 +98,7 @@ class Config:
         common.check(
             self,
             {"dim is a multiple of head, and head of 4, from 8 on":
-                 self.dim % self.head == 0 == self.head % 4 < self.head > 4,
+                 self.dim % self.head == self.head % 4 == 0 and self.head > 4,
              f"diffusion_depth is 1 to {self.depth}": 1 <= self.diffusion_depth <= self.depth,
              "ar_length is a square number": self.across**2 == self.ar_length,
              f"image_size is a multiple of {unit}: {self.across} blocks of whole tokens a side":
