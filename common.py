@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 # --- 1  Errors and scripts ------------------------------------------------------------------------
@@ -252,6 +252,16 @@ def class_ids(texts, config):
         return [known[text] for text in texts]
 
 
+def print_presets(presets, published, **builds):
+    """Print how many parameters a model file's modules have. builds: name -> (config -> module)."""
+    print("preset ", *(f"{name:>15s}" for name in builds), "  published")
+    for preset, config in presets.items():
+        with torch.device("meta"):
+            modules = [build(config) for build in builds.values()]
+        counts = [sum(map(torch.numel, module.parameters())) for module in modules]
+        print(f"{preset:8s}", *(f"{n:15,d}" for n in counts), f"{published.get(preset, '-'):>9s}")
+
+
 def walk(module, *inputs):
     """Run the module once and print the shape of each part's first output."""
     names = {part: name for name, part in module.named_modules() if name and name.count(".") < 2}
@@ -292,6 +302,7 @@ TINY_VAE = VAEConfig(width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8,
 
 
 GroupNorm = partial(nn.GroupNorm, eps=1e-6)
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class ResBlock(nn.Module):
@@ -300,9 +311,9 @@ class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1 = GroupNorm(groups, c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = conv3x3(c_in, c_out)
         self.norm2 = GroupNorm(groups, c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = conv3x3(c_out, c_out)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
@@ -341,7 +352,7 @@ class Coder(nn.Module):
         widths = [config.width * m for m in config.mult]
         lowest = widths[-1]  # of the lowest resolution
         width = lowest if up else config.width
-        self.conv_in = nn.Conv2d(c_in, width, 3, padding=1)
+        self.conv_in = conv3x3(c_in, width)
         order = sorted(range(len(widths)), reverse=up)
         levels = []
         for i in order:
@@ -353,15 +364,16 @@ class Coder(nn.Module):
                     block.append(SpatialAttention(width, groups))
                 level.append(block)
             if i != order[-1]:
-                size = nn.Upsample(scale_factor=2.0) if up else nn.ZeroPad2d((0, 1, 0, 1))
-                conv = nn.Conv2d(width, width, 3, 1 if up else 2, 1 if up else 0)
-                level.add_module("resample", nn.Sequential(size, conv))
+                resample = [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)]
+                if up:
+                    resample = [nn.Upsample(scale_factor=2.0), conv3x3(width, width)]
+                level.add_module("resample", nn.Sequential(*resample))
             levels.append(level)
         self.levels = nn.ModuleList(reversed(levels) if up else levels)
         self.mid = nn.Sequential(ResBlock(lowest, lowest, groups), SpatialAttention(lowest, groups),
                                  ResBlock(lowest, lowest, groups))
         self.norm_out = GroupNorm(groups, width)
-        self.conv_out = nn.Conv2d(width, c_out, 3, padding=1)
+        self.conv_out = conv3x3(width, c_out)
 
     def forward(self, x):
         x = self.conv_in(x)
@@ -585,7 +597,7 @@ def load_data(name, root="data", size=32, split="train"):
     if name == "shapes":
         first, n = (0, 20000) if split == "train" else (20000, 4000)
         labels = np.arange(n) % len(SHAPES)
-        return Data(name, labels, SHAPES, lambda i: draw_shape(first + i, size), f"shapes-{first}")
+        return Data(name, labels, SHAPES, lambda i: draw_shape(first + i, size), f"flat-{first}")
     if name not in NAMED:
         return load_folder(Path(name), size)
     url, classes, files = NAMED[name]
@@ -756,13 +768,6 @@ def centre_and_mirror(image, size, rng):
     return [image, mirror(image)]
 
 
-def random_square(image, size, rng):
-    """Views: a square of the shorter side at a random place, resized."""
-    side = min(image.size)
-    left, top = rng.integers(np.subtract(image.size, side - 1))
-    return [cut(image, side, left, top).resize((size, size))]
-
-
 def polar(n, radii, shift=0):
     """Return n points around 0, clockwise from the top, as complex numbers. radii and shifts, in
     steps of 1/n turn, repeat."""
@@ -789,7 +794,7 @@ SHAPES = list(OUTLINES)
 
 
 def draw_shape(index, size):
-    """Return picture `index` of `shapes`: a shaded shape of class index % 10."""
+    """Return picture `index` of `shapes`: a shape of class index % 10 before a pale ground."""
     rng = np.random.default_rng((20, index))
     move = np.exp(1j * rng.uniform(-0.15, 0.15)) * rng.uniform(0.72, 0.82)  # turns and scales
     place = complex(*rng.uniform(-0.06, 0.06, 2)) + 1 + 1j
@@ -797,19 +802,10 @@ def draw_shape(index, size):
     for outline, value in zip(OUTLINES[SHAPES[index % len(SHAPES)]], (255, 0)):
         corners = (move * outline + place) * (2 * size)
         ImageDraw.Draw(fine).polygon(corners.view(float).tolist(), fill=value)
-    mask = fine.resize((size, size), Image.BOX)
-    shadow = ImageChops.offset(mask, size // 16).filter(ImageFilter.GaussianBlur(size / 24))
-    light = Image.linear_gradient("L").resize((size, size))  # from above
-
-    def shaded(hue, low, high):
-        colour = f"hsv({hue % 360:.0f}, {rng.uniform(low, high):.0f}%, {{:.0f}}%)"
-        value = rng.uniform(80, 100)
-        return ImageOps.colorize(light, colour.format(value), colour.format(0.7 * value))
-
-    hue = rng.uniform(0, 360)
-    ground = shaded(hue + rng.uniform(120, 240), 10, 40)
-    ground = Image.composite(ImageEnhance.Brightness(ground).enhance(0.6), ground, shadow)
-    return Image.composite(shaded(hue, 60, 90), ground, mask)
+    hue = rng.integers(360)
+    ground = f"hsv({(hue + rng.integers(120, 240)) % 360}, {rng.integers(10, 30)}%, 95%)"
+    colour = f"hsv({hue}, {rng.integers(60, 90)}%, {rng.integers(60, 90)}%)"
+    return ImageOps.colorize(fine.resize((size, size), Image.BOX), ground, colour)
 
 
 @dataclass
@@ -831,8 +827,6 @@ class Order:
     def shuffled(self, epoch):
         """Return the indices (n, group) of one epoch. Small classes repeat some of their images."""
         rng = np.random.default_rng((self.seed, epoch))
-        if self.group == 1:
-            return rng.permutation(len(self.labels))[:, None]
         groups = []
         for label in np.unique(self.labels):
             members = rng.permutation(np.flatnonzero(self.labels == label))
@@ -851,8 +845,8 @@ class Samples:
     drawn at random.
 
     Without a cache a view is a picture, uint8 (3, h, w). A cache has what a first stage made of all
-    views of the images. A sample of several images has one more dimension in front. Each comes with
-    its label.
+    views of the images. A sample (group, ...) has the views of its images, and comes with their
+    label.
     """
     data: Data
     size: int
@@ -872,7 +866,7 @@ class Samples:
     def __getitem__(self, item):
         epoch, indices = item
         sample = torch.stack([self.view(epoch, index) for index in indices])
-        return sample.squeeze(0), self.data.labels[indices[0]]
+        return sample, self.data.labels[indices[0]]
 
 
 class Cache:
@@ -1004,7 +998,7 @@ class KeyValueCache:
 
     def allocate(self, depth, shape, dtype, device):
         """Return `depth` pairs (K, V) of zeros of this shape, at the old addresses if they fit."""
-        layers = self.kept(depth, tuple(shape), dtype, device)
+        layers = self.kept(depth, shape, dtype, device)
         for pair in layers:
             for tensor in pair:
                 torch._dynamo.mark_static_address(tensor.zero_())
@@ -1072,7 +1066,7 @@ def vae_stage():
     recipe = Recipe(lr=3e-3, batch=16, epochs=0.8, warmup=0.03, decay=0.4, betas=(0.9, 0.99),
                     weight_decay=0.0, clip=1.0, ema=0.99)
     return Stage("vae", lambda config: KLVAE(config.vae), {"tiny": recipe},
-                 lambda config: random_square, load=load_vae)
+                 lambda config: centre, load=load_vae)
 
 
 def check_vae(model, vae):
@@ -1202,9 +1196,11 @@ def numbered(state, pattern):
 
 
 def load_strict(module, state, path):
-    """Load a state dict, or raise UserError for an entry that is missing, unknown or misshapen."""
+    """Load a state dict and return the module. Raise UserError for an entry that is missing,
+    unknown or misshapen."""
     with untrusted(path, "of another kind"):
         module.load_state_dict(state)
+    return module
 
 
 def short_hash(raw):

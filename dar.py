@@ -387,9 +387,6 @@ class Tokenizer(nn.Module):
         codes = self.quantizer.embedding.weight.detach()
         codes.copy_(F.normalize(codes.uniform_(-1, 1)))
 
-    def carry(self, name, old, shape):
-        """Return None: with --init, weights whose shape has changed start from random values."""
-
     def ready(self, config):
         """Attach the losses that a Config asks for. Raise UserError if they cannot be had."""
         c = self.config
@@ -658,8 +655,7 @@ class LlamaBlock(nn.Module):
 
 class Llama(nn.Module):
     """A language model of codes whose first token is the class (Touvron et al., 2023; LlamaGen)."""
-    kept_cache = None  # see compile_steps
-    carry = Tokenizer.carry
+    memory = None  # see compile_steps
 
     def __init__(self, config):
         super().__init__()
@@ -727,7 +723,7 @@ class Llama(nn.Module):
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, c.classes)])
         x = self.class_embed(labels)                               # (B or 2B, dim)
-        memory = self.kept_cache or common.KeyValueCache()
+        memory = self.memory or common.KeyValueCache()
         dtype = self.output(x).dtype                               # that of autocast, if it is on
         cache = memory.allocate(c.depth, (len(x), c.heads, N, c.dim // c.heads), dtype, x.device)
         draws = noise.uniform((N,))                                # one for each token
@@ -830,7 +826,7 @@ def compile_steps(model, tokenizer):
     token's step on another stream.
     """
     model.step = common.compiled(model.step)
-    model.kept_cache = common.KeyValueCache()
+    model.memory = common.KeyValueCache()
     tokenizer.pixels.compile()
 
 
@@ -998,21 +994,14 @@ def from_released(state, released, path="the checkpoint", **overrides):
         module = Tokenizer(TokenizerConfig(**fields | overrides))
         state.setdefault("quantizer.age", module.quantizer.age)
         state.pop("quantizer.codebook_used", None)          # a monitor
-    common.load_strict(module, state, path)
-    return module.eval()
+    return common.load_strict(module, state, path).eval()
 
 
 def main():
     """Print the presets with their parameter counts, and walk one batch through the tiny model."""
-    def parameters(module):
-        return sum(map(torch.numel, module.parameters()))
-
-    print("Published tokenizers: 113M for b; 300M for the others, without 7M of the REPA head.\n\n"
-          "size        AR model  published      tokenizer")
-    with torch.device("meta"):
-        for name, c in PRESETS.items():
-            print(f"{name:5s} {parameters(Llama(c)):14,d} {PUBLISHED.get(name, '-'):>10s}"
-                  f" {parameters(Tokenizer(c.tokenizer)):14,d}")
+    common.print_presets(PRESETS, PUBLISHED, model=Llama,
+                         tokenizer=lambda config: Tokenizer(config.tokenizer))
+    print("Published tokenizers: 113M for b; 300M for the others, without 7M of the REPA head.")
     print("\nTiny: images (2, 3, 32, 32) through Tokenizer.forward")
     common.walk(Tokenizer(PRESETS["tiny"].tokenizer), torch.rand(2, 3, 32, 32))
     print("\nTiny: codes (2, 64) and labels (2,) through Llama.forward")

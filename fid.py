@@ -48,6 +48,7 @@ URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
 DIGEST = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIDE = 299       # pixels of the network's input
+BATCH = 128      # images that are read at a time
 KEEP = 100_000   # images of a set; the features of a larger one are not kept, but its moments are
 DATA_SETS = ("shapes", *common.NAMED)
 STORED = ("mu", "sigma", "mu_s", "sigma_s",                           # of every tool
@@ -558,13 +559,12 @@ class Evaluator:
     All ranks construct it and call its methods, which return the same on all of them. reference,
     size and data_root: see Source; without a reference there are features only. features:
     "inception", with resize "tf1" or "pytorch" and weights as in load_inception, or "classifier".
-    batch: how many images are read at a time. Raise UserError for an unusable reference.
+    Raise UserError for an unusable reference.
     """
 
     def __init__(self, reference, features="inception", *, resize="tf1", weights=None, size=None,
-                 data_root="data", batch=128, device="cpu"):
+                 data_root="data", device="cpu"):
         source = Source(reference, size, data_root) if reference else None
-        self.batch = batch
         self.device = torch.device(device)
         self.inception = features == "inception"
         if self.inception:
@@ -597,7 +597,7 @@ class Evaluator:
         share = torch.arange(n).tensor_split(world)[rank]
         bar = common.progress(len(share), f"features of {source.path.name}", "img", rank)
         with bar, ThreadPoolExecutor(8) as threads:
-            for indices in share.split(self.batch):
+            for indices in share.split(BATCH):
                 whole = [pair for pair in threads.map(source.read, indices.tolist()) if pair]
                 if whole:
                     self.extract(features, *zip(*whole))
@@ -663,11 +663,8 @@ class Evaluator:
 
 def describe(numbers):
     """Return the numbers as one line for people."""
-    words = []
-    for name, value in numbers.items():
-        text = f"{value:.4g}" if isinstance(value, float) else value
-        words.append(f"{name} {text}")
-    return ", ".join(words)
+    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in numbers.items())
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -690,7 +687,6 @@ def arguments():
         help="pixels; centre crop of pictures of other sizes"
         " (default: samples stay as they are, the reference takes their size)")
     add("--data-root", default="data", help="where data sets are, or are downloaded to")
-    add("--batch-size", type=common.positive, default=128)
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     args = parser.parse_args()
     if not args.reference and (args.features == "classifier" or not args.save_stats):
@@ -708,8 +704,7 @@ def main():
     samples = Source(args.samples, args.image_size, args.data_root)
     size = samples.height() if samples.data else args.image_size
     evaluator = Evaluator(args.reference, args.features, resize=args.resize, weights=args.weights,
-                          size=size, data_root=args.data_root, batch=args.batch_size,
-                          device=process.device)
+                          size=size, data_root=args.data_root, device=process.device)
     side = evaluator.side(samples)
     if process.rank > 0:
         return

@@ -841,19 +841,12 @@ def from_released(state, path="the checkpoint", *, unet=None, **fields):
     config = Config(unet=unet, vae=vae, **shapes | fields)
     if not config.clean_blocks:  # the files have the clean tower even where it is off
         state = {name: tensor for name, tensor in state.items() if ".towers.clean." not in name}
-    model = MADFormer(config)
-    common.load_strict(model, state, path)
-    return model.eval()
+    return common.load_strict(MADFormer(config), state, path).eval()
 
 
 def main():
     """Print the presets with their parameter counts, and walk one batch through the tiny one."""
-    print("preset         N     D   dim   MLP     T     n      parameters  published")
-    for name, c in PRESETS.items():
-        with torch.device("meta"):
-            count = sum(p.numel() for p in MADFormer(c).parameters())
-        print(f"{name:10s}{c.depth:6d}{c.diffusion_depth:6d}{c.dim:6d}{c.mlp:6d}{c.ar_length:6d}"
-              f"{c.tokens:6d} {count:15,d}  {PUBLISHED.get(name, '-'):>9s}")
+    common.print_presets(PRESETS, PUBLISHED, parameters=MADFormer)
     print("\nTiny: latents (2, 4, 8, 8) and labels (2,) through MADFormer.forward")
     model = MADFormer(PRESETS["tiny"])
     common.walk(model, torch.randn(2, 4, 8, 8), torch.arange(2))

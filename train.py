@@ -49,6 +49,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -58,7 +59,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -327,6 +327,7 @@ def load_initial_weights(run):
         return
     weights = run.network.state_dict()
     fitting = {}
+    carry = getattr(run.network, "carry", lambda *misfit: None)
     with common.untrusted(path, "of another model"):
         content = common.read_checkpoint(path)
         if "stage" in content:
@@ -336,7 +337,7 @@ def load_initial_weights(run):
         for name, tensor in weights.items():
             weight = old.get(name)
             if weight is not None and weight.shape != tensor.shape:
-                weight = run.network.carry(name, weight, tensor.shape)
+                weight = carry(name, weight, tensor.shape)
             if weight is not None:
                 fitting[name] = weight
     if len(fitting) < len(weights) / 2:
@@ -407,17 +408,15 @@ def ignore_interrupts(worker):
 
 def codes(run, batch):
     """Return what the network is trained on: float images, or the first stage's codes of them."""
-    group = run.order.group
-    batch = batch.to(run.process.device, non_blocking=True)
-    if not run.first_stage:
-        return common.to_float(batch)
-    if group > 1:
-        batch = batch.flatten(0, 1)
-    if batch.dtype == torch.uint8:  # pictures: there is no cache
-        batch = common.in_parts(run.first_stage.encode, common.to_float(batch),
-                                run.config.image_size)
-    batch = run.first_stage.codes(batch)
-    return batch.unflatten(0, (-1, group)).squeeze(1)
+    shape = batch.shape[:2]                       # samples, and images of each
+    batch = batch.to(run.process.device, non_blocking=True).flatten(0, 1)
+    if batch.dtype == torch.uint8:                # pictures: there is no cache
+        batch = common.to_float(batch)
+        if run.first_stage:
+            batch = common.in_parts(run.first_stage.encode, batch, run.config.image_size)
+    if run.first_stage:
+        batch = run.first_stage.codes(batch)
+    return batch.unflatten(0, shape).squeeze(1)   # a single image without that dimension
 
 
 # --- Saving, grids, evaluation, logging -----------------------------------------------------------
@@ -450,7 +449,7 @@ def save(run, keep):
 def examples(run):
     """Return the centre crops (n, 3, h, w) of up to 256 images, evenly spaced over the data."""
     n = len(run.data.labels)
-    indices = np.linspace(0, n - 1, max(2, min(256, n))).round().astype(int)
+    indices = range(0, n, math.ceil(n / 256))
     images, _ = common.Samples(run.data, run.config.image_size, common.centre)[0, indices]
     return common.to_float(images.to(run.process.device))
 

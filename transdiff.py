@@ -661,8 +661,7 @@ def from_released(state, path="the checkpoint", **overrides):
         ar_depth=len(common.numbered(state, r"ar\.blocks\.(\d+)")),
         depth=len(common.numbered(state, r"decoder\.blocks\.(\d+)")))
     model = TransDiff(replace(published(dim, mrar, image_size), **shapes | overrides))
-    common.load_strict(model, state, path)
-    return model.eval()
+    return common.load_strict(model, state, path).eval()
 
 
 def published(dim, mrar, image_size):
@@ -676,12 +675,7 @@ def published(dim, mrar, image_size):
 
 def main():
     """Print the presets with their parameter counts, and walk one batch through a tiny MRAR."""
-    print("preset    D  heads  AR blocks  decoder blocks     parameters  published")
-    for name, c in PRESETS.items():
-        with torch.device("meta"):
-            count = sum(p.numel() for p in TransDiff(c).parameters())
-        print(f"{name:6s} {c.dim:4d} {c.heads:6d} {c.ar_depth:10d} {c.depth:15d} {count:14,d}"
-              f" {PUBLISHED.get(name, '-'):>10s}")
+    common.print_presets(PRESETS, PUBLISHED, parameters=TransDiff)
     print("\nTiny MRAR: latents (2, 4, 16, 8, 8) and labels (2,) through TransDiff.forward")
     model = TransDiff(mrar_config(PRESETS["tiny"]))
     common.walk(model, torch.randn(2, 4, 16, 8, 8), torch.arange(2))

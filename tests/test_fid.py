@@ -326,7 +326,7 @@ CLASSIFIER = ("--features", "classifier")
     (["b.npz", "--save-stats", "x.npz", *CLASSIFIER], "give a REFERENCE"),
     (["b.npz", "--save-stats", "b.npz"], "--save-stats writes a new file"),
     (["b.npz", "cifar10"], "cannot download"),
-    (["b.npz", "b.npz", "--batch-size", "0"], "--batch-size: invalid positive value")])
+    (["b.npz", "b.npz", "--image-size", "0"], "--image-size: invalid positive value")])
 def test_mistakes_are_one_line(evaluate, in_process, tmp_path, monkeypatch, capsys, arguments,
                                words):
     """Neither a traceback nor a file is left."""

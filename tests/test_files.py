@@ -124,7 +124,7 @@ def look(path):
     """Read a picture as in training, in evaluation and alone."""
     data = common.load_folder(path.parent, 16)
     for i in range(len(data.labels)):
-        common.Samples(data, 16, common.random_square)[0, [i]]
+        common.Samples(data, 16, common.centre)[0, [i]]
         fid.Source(path.parent, 16).read(i)
     common.load_picture(path, 16)
 
