@@ -157,7 +157,7 @@ PAPER = dict(target="clean", image_weight=5.0, hidden="condition")
 PRESETS = {
     "tiny": Config(image_size=32, classes=10, text=True, dim=128, head=32, mlp=384, depth=8,
                    diffusion_depth=4, ar_length=4, clean_time="zero", sampler="dpm", steps=50,
-                   unet=UNetConfig((32, 64), (1, 1), (0, 0), time_dim=64),
+                   unet=UNetConfig((64,), (1,), (0,), time_dim=64),
                    vae=replace(TINY_VAE, channels=4), **PAPER),
     "ffhq": Config(),
     "imagenet": Config(image_size=256, classes=1000, text=True, vocabulary=128256, ar_length=4,

@@ -10,7 +10,7 @@ for size in 32 64; do
     [ $size = 64 ] && vae=$out/at_64/vae/model.pt
     for length in 1 4 16; do
         name=at_${size}_length_$length
-        fit 1500 --model madformer --stage madformer --vae "$vae" --image-size $size \
+        fit 750 --model madformer --stage madformer --vae "$vae" --image-size $size \
             --out "$out/$name" --set ar_length=$length
         judge $name --model madformer --run "$out/$name"
         names+=($name)

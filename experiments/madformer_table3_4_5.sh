@@ -8,7 +8,7 @@ variants=(full: clean_blocks_only:condition=false condition_only:clean_blocks=fa
 names=()
 for variant in "${variants[@]}"; do
     name=${variant%%:*} setting=${variant#*:}
-    fit 1500 --model madformer --stage madformer --vae "$weights/madformer/vae/model.pt" \
+    fit 750 --model madformer --stage madformer --vae "$weights/madformer/vae/model.pt" \
         --out "$out/$name" ${setting:+--set $setting}
     judge $name --model madformer --run "$out/$name"
     names+=($name)

@@ -7,7 +7,7 @@ names=()
 for setting in hidden_weight=0 hidden_weight=0.1 hidden_weight=1 clean_weight=0.1 clean_weight=1
 do
     name=${setting/=/_}
-    fit 1500 --model madformer --stage madformer --vae "$weights/madformer/vae/model.pt" \
+    fit 750 --model madformer --stage madformer --vae "$weights/madformer/vae/model.pt" \
         --out "$out/$name" --set $setting
     judge $name --model madformer --run "$out/$name"
     names+=($name)
