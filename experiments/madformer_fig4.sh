@@ -7,7 +7,7 @@
 names=()
 for d in 2 4 6 8; do
     fit 750 --model madformer --stage madformer --vae "$weights/madformer/vae/model.pt" \
-        --out "$out/d_$d" --set diffusion_depth=$d
+        --out "$out/d_$d" --set depth=8 diffusion_depth=$d
     run=(--model madformer --run "$out/d_$d")
     for nfe in 24 56 200; do
         for sampler in ddim dpm; do
