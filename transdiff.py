@@ -108,7 +108,7 @@ LARGE = Config(dim=1024, heads=16, ar_depth=32, depth=16, drift_scale=0.89, nois
 PRESETS = {
     "tiny": Config(image_size=32, classes=10, dim=128, heads=4, ar_depth=2, depth=4,
                    class_tokens=16, features=64, repeat=2, dropout=0.0, mirror=False, vae=TINY_VAE,
-                   cfg=2.0, steps=25, drift_scale=1.0, noise_scale=1.0),
+                   cfg=2.0, steps=15, drift_scale=1.0, noise_scale=1.0, solver="euler"),
     "b": Config(),
     "l": LARGE,
     "h": Config(dim=1280, heads=16, ar_depth=40, depth=20, cfg=1.23, noise_scale=0.93),

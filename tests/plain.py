@@ -15,7 +15,7 @@ def transdiff_sample(model, labels, noise, **options):
     next, and Eq. 16 term by term."""
     c = common.with_options(model.config, **options)
     null = torch.full_like(labels, c.classes)
-    ts = transdiff.time_grid(c.steps, "maruyama", labels.device)
+    ts = transdiff.time_grid(c.steps, c.solver, labels.device)
     start = noise.normal((c.latent_size**2, c.vae.channels))
     images = []
     for _ in range(c.rounds):
@@ -27,10 +27,12 @@ def transdiff_sample(model, labels, noise, **options):
             both = torch.cat([x, x])
             modulation = model.decoder.modulation(t.expand(len(both)))
             v = model.decoder(both, modulation, model.decoder.keys_values(condition))
-            score = -(both + (1 - t) * v) / t
-            drift, u = (v - t * score).chunk(2)                  # Eq. 16, sigma^2 = 2 t
+            if c.solver == "maruyama":
+                score = -(both + (1 - t) * v) / t
+                v = v - t * score                                # Eq. 16, sigma^2 = 2 t
+            drift, u = v.chunk(2)
             drift = u + c.cfg * (drift - u)
-            if t_next == 0:
+            if c.solver == "euler" or t_next == 0:
                 x = x + drift * dt
             else:
                 eps = noise.normal(x.shape[1:])

@@ -76,7 +76,8 @@ def test_the_last_step_is_unscaled_and_inexact():
     """It adds no noise, and its drift removes twice the noise that is left."""
     x_0, eps = torch.randn(2, 1, 16, 4)
     start = 0.96 * x_0 + 0.04 * eps
-    model = exact(lambda x, t: eps - x_0, drift_scale=0.0, noise_scale=0.0)  # stays until t = 0.04
+    scales = dict(drift_scale=0.0, noise_scale=0.0)                 # it stays until t = 0.04
+    model = exact(lambda x, t: eps - x_0, solver="maruyama", **scales)
     x, _ = model.sample(LABELS[:1], replay(start, eps, eps), steps=3)
     close(x, model.latents(x_0 - 0.04 * eps))
 
@@ -84,9 +85,10 @@ def test_the_last_step_is_unscaled_and_inexact():
 # --- Fast ways against plain ones -----------------------------------------------------------------
 
 @pytest.mark.parametrize("mrar", [False, True])
-def test_fast_sampling_is_plain_sampling(mrar):
+@pytest.mark.parametrize("solver", ["euler", "maruyama"])
+def test_fast_sampling_is_plain_sampling(mrar, solver):
     """Keys and times computed once, rows that both halves share, the drift in closed form."""
-    model = small(mrar=mrar)
+    model = small(mrar=mrar, solver=solver)
     options = dict(cfg=1.7, steps=4, drift_scale=0.9, noise_scale=0.8)
     slow = plain.transdiff_sample(model, LABELS, Noise(0, range(2)), **options)
     close(sample(model, **options), slow, 1e-4)
