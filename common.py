@@ -258,8 +258,8 @@ def print_presets(presets, published, **builds):
     for preset, config in presets.items():
         with torch.device("meta"):
             modules = [build(config) for build in builds.values()]
-        counts = [sum(map(torch.numel, module.parameters())) for module in modules]
-        print(f"{preset:8s}", *(f"{n:15,d}" for n in counts), f"{published.get(preset, '-'):>9s}")
+        counts = [f"{sum(map(torch.numel, module.parameters())):15,d}" for module in modules]
+        print(f"{preset:8s}", *counts, f"{published.get(preset, '-'):>9s}")
 
 
 def walk(module, *inputs):

@@ -848,8 +848,7 @@ def main():
     """Print the presets with their parameter counts, and walk one batch through the tiny one."""
     common.print_presets(PRESETS, PUBLISHED, parameters=MADFormer)
     print("\nTiny: latents (2, 4, 8, 8) and labels (2,) through MADFormer.forward")
-    model = MADFormer(PRESETS["tiny"])
-    common.walk(model, torch.randn(2, 4, 8, 8), torch.arange(2))
+    common.walk(MADFormer(PRESETS["tiny"]), torch.randn(2, 4, 8, 8), torch.arange(2))
 
 
 if __name__ == "__main__":

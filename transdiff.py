@@ -677,8 +677,8 @@ def main():
     """Print the presets with their parameter counts, and walk one batch through a tiny MRAR."""
     common.print_presets(PRESETS, PUBLISHED, parameters=TransDiff)
     print("\nTiny MRAR: latents (2, 4, 16, 8, 8) and labels (2,) through TransDiff.forward")
-    model = TransDiff(mrar_config(PRESETS["tiny"]))
-    common.walk(model, torch.randn(2, 4, 16, 8, 8), torch.arange(2))
+    common.walk(TransDiff(mrar_config(PRESETS["tiny"])), torch.randn(2, 4, 16, 8, 8),
+                torch.arange(2))
 
 
 if __name__ == "__main__":
