@@ -317,15 +317,6 @@ def data(tmp_path):
     return common.load_folder(tmp_path / "set", 16)
 
 
-def test_cached_codes_are_uncached_codes(tmp_path, data):
-    vae = small_vae()
-    cache = common.cached(tmp_path, data, 16, vae, common.centre_and_mirror)
-    views = common.centre_and_mirror(data.read(4), 16, None)
-    images = torch.stack([common.from_pil(view) for view in views])
-    expected = vae.encode(common.to_float(images)).detach()
-    torch.testing.assert_close(torch.tensor(cache[4]), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_a_view_is_drawn_in_each_epoch(tmp_path, data):
     """Of the image's own row of the cache."""
     cache = common.Cache(tmp_path, 6, 4)
@@ -442,11 +433,3 @@ def test_a_grid_has_room_for_its_names():
     """Even for one that is no text."""
     images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     assert common.grid(images, 1, ["a name", os.fsdecode(b"\xff")]).width > 80
-
-
-def test_animations_loop_and_hold_their_last_frame(tmp_path):
-    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "green", "blue")]
-    common.save_gif(tmp_path / "x.gif", frames)
-    with Image.open(tmp_path / "x.gif") as film:
-        film.seek(2)
-        assert (film.n_frames, film.info["loop"], film.info["duration"]) == (3, 0, 2830)

@@ -235,13 +235,6 @@ def test_codes_on_the_fly_are_the_cached_ones(trained, training, tmp_path, model
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_mrar_of_one_image(trained, training, tmp_path):
-    """A group of one, which has no dimension of its own."""
-    shutil.copytree(trained("transdiff"), tmp_path, dirs_exist_ok=True)
-    training("--stage", "mrar", "--fresh", "--steps", 2, fields=["images=1"])
-    assert log_of(tmp_path / "mrar")[-1]["loss"] < 9
-
-
 @pytest.mark.parametrize("model, depths, graphs", [
     ("transdiff", ["depth=4", "ar_depth=3"], 4), ("dar", ["depth=4"], 1),
     ("madformer", ["depth=6"], 1)])
@@ -283,7 +276,6 @@ TRAINING = {  # command -> words of the line that it ends with
     "transdiff --set dim=x": "not possible",
     "transdiff --set depths=2": "choose from the fields image_size",
     "transdiff --set dim=30": "dim must be divisible by",
-    "transdiff --image-size 30": "must be divisible by 4",
     "transdiff --accumulate 5": "is not divisible",
     "transdiff --stage mrar": "vae/model.pt",
     "transdiff --vae x.pt": "no such file",
