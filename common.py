@@ -253,8 +253,9 @@ def class_ids(texts, config):
 
 
 def print_presets(presets, published, **builds):
-    """Print how many parameters a model file's modules have. builds: name -> (config -> module)."""
-    print("preset ", *(f"{name:>15s}" for name in builds), "  published")
+    """Print how many parameters the modules of each preset have, and the published number of the
+    last one. builds: name -> (config -> module)."""
+    print("preset  ", *(f"{name:>15s}" for name in builds), "published")
     for preset, config in presets.items():
         with torch.device("meta"):
             modules = [build(config) for build in builds.values()]
@@ -794,7 +795,7 @@ SHAPES = list(OUTLINES)
 
 
 def draw_shape(index, size):
-    """Return picture `index` of `shapes`: a shape of class index % 10 before a pale ground."""
+    """Return picture `index` of `shapes`: a shape of class index % 10 on a pale background."""
     rng = np.random.default_rng((20, index))
     move = np.exp(1j * rng.uniform(-0.15, 0.15)) * rng.uniform(0.72, 0.82)  # turns and scales
     place = complex(*rng.uniform(-0.06, 0.06, 2)) + 1 + 1j
@@ -845,8 +846,8 @@ class Samples:
     drawn at random.
 
     Without a cache a view is a picture, uint8 (3, h, w). A cache has what a first stage made of all
-    views of the images. A sample (group, ...) has the views of its images, and comes with their
-    label.
+    views of the images. A sample (group, ...) stacks a view of each of its images, and comes with
+    their label.
     """
     data: Data
     size: int
@@ -1041,7 +1042,7 @@ class Stage:
     """One thing that is trained. Optional methods of its module customise it:
 
     decays(name, parameter)       whether weight decay acts on this parameter (default: on matrices)
-    carry(name, old, shape)       an old weight made to fit another shape, or None: for --init
+    carry(name, old, shape)       for --init: an old weight made to fit, or None (the default)
     ready(config)                 called before the first step of a process
     finish(images)                called with some images before the weights are written
     first stages: encode(images) -> what is cached; codes(cached) -> a batch for the next stage;

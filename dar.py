@@ -999,8 +999,8 @@ def from_released(state, released, path="the checkpoint", **overrides):
 
 def main():
     """Print the presets with their parameter counts, and walk one batch through the tiny model."""
-    common.print_presets(PRESETS, PUBLISHED, model=Llama,
-                         tokenizer=lambda config: Tokenizer(config.tokenizer))
+    common.print_presets(
+        PRESETS, PUBLISHED, tokenizer=lambda config: Tokenizer(config.tokenizer), model=Llama)
     print("Published tokenizers: 113M for b; 300M for the others, without 7M of the REPA head.")
     print("\nTiny: images (2, 3, 32, 32) through Tokenizer.forward")
     common.walk(Tokenizer(PRESETS["tiny"].tokenizer), torch.rand(2, 3, 32, 32))

@@ -49,7 +49,6 @@ import argparse
 import copy
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -449,7 +448,7 @@ def save(run, keep):
 def examples(run):
     """Return the centre crops (n, 3, h, w) of up to 256 images, evenly spaced over the data."""
     n = len(run.data.labels)
-    indices = range(0, n, math.ceil(n / 256))
+    indices = torch.linspace(0, n - 1, min(n, 256)).long().tolist()
     images, _ = common.Samples(run.data, run.config.image_size, common.centre)[0, indices]
     return common.to_float(images.to(run.process.device))
 

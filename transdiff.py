@@ -535,8 +535,8 @@ OPTIONS = {
     "cfg": dict(type=float, help="guidance scale: 1 is off and costs half, 0 is unconditional"),
     "steps": dict(type=int, help="denoising steps of each round; Euler-Maruyama: 3 or more"),
     "solver": dict(choices=("maruyama", "euler"), help="stochastic (Eq. 18) or not (Eq. 3)"),
-    "drift_scale": dict(type=float, help="s1 of Eq. 18"),
-    "noise_scale": dict(type=float, help="s2 of Eq. 18"),
+    "drift_scale": dict(type=float, help="s1 of Eq. 18, with maruyama"),
+    "noise_scale": dict(type=float, help="s2 of Eq. 18, with maruyama"),
     "rounds": dict(type=common.positive, help="MRAR: stop after this many images"),
     "features": dict(type=common.positive, help="use only so many semantic features (Fig. 1)"),
     "fuse": dict(metavar="CLASS", help="take every second feature from this class (Fig. 5)")}
