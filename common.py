@@ -258,8 +258,8 @@ def print_presets(presets, published, **builds):
     print("preset  ", *(f"{name:>15s}" for name in builds), "published")
     for preset, config in presets.items():
         with torch.device("meta"):
-            modules = [build(config) for build in builds.values()]
-        counts = [f"{sum(map(torch.numel, module.parameters())):15,d}" for module in modules]
+            counts = [f"{sum(map(torch.numel, build(config).parameters())):15,d}"
+                      for build in builds.values()]
         print(f"{preset:8s}", *counts, f"{published.get(preset, '-'):>9s}")
 
 
@@ -365,7 +365,7 @@ class Coder(nn.Module):
                     block.append(SpatialAttention(width, groups))
                 level.append(block)
             if i != order[-1]:
-                resample = [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)]
+                resample = [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, 2)]
                 if up:
                     resample = [nn.Upsample(scale_factor=2.0), conv3x3(width, width)]
                 level.add_module("resample", nn.Sequential(*resample))

@@ -1005,8 +1005,7 @@ def main():
     print("\nTiny: images (2, 3, 32, 32) through Tokenizer.forward")
     common.walk(Tokenizer(PRESETS["tiny"].tokenizer), torch.rand(2, 3, 32, 32))
     print("\nTiny: codes (2, 64) and labels (2,) through Llama.forward")
-    codes = torch.zeros(2, 64, dtype=torch.long)
-    common.walk(Llama(PRESETS["tiny"]), codes, torch.arange(2))
+    common.walk(Llama(PRESETS["tiny"]), torch.zeros(2, 64, dtype=torch.long), torch.arange(2))
 
 
 if __name__ == "__main__":

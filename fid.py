@@ -195,11 +195,10 @@ def load_inception(path=None):
     if not given:
         common.download(URL, file, DIGEST, "or name it with --weights; the classifier needs none")
     state = common.read_checkpoint(file)
-    network = Inception()
+    network = Inception().to(memory_format=torch.channels_last)
     with common.untrusted(file, "not the weights of Inception"):
         network.load_state_dict(state)
-    digest = common.short_hash(file.read_bytes())
-    return network.to(memory_format=torch.channels_last), digest[:8]
+    return network, common.short_hash(file.read_bytes())[:8]
 
 
 def stretch_tf1(x):

@@ -440,6 +440,8 @@ class TransDiff(nn.Module):
         bad value.
         """
         c = common.with_options(self.config, **options)
+        if c.solver == "euler" and {*options} & {"drift_scale", "noise_scale"}:
+            raise UserError("--drift-scale and --noise-scale need --solver maruyama")
         rounds = rounds or c.rounds
         features = features or c.features
         if rounds > c.rounds or features > c.features:
@@ -660,8 +662,8 @@ def from_released(state, path="the checkpoint", **overrides):
         class_tokens=state["ar.pos"].shape[1] - features,
         ar_depth=len(common.numbered(state, r"ar\.blocks\.(\d+)")),
         depth=len(common.numbered(state, r"decoder\.blocks\.(\d+)")))
-    model = TransDiff(replace(published(dim, mrar, image_size), **shapes | overrides))
-    return common.load_strict(model, state, path).eval()
+    config = replace(published(dim, mrar, image_size), **shapes | overrides)
+    return common.load_strict(TransDiff(config), state, path).eval()
 
 
 def published(dim, mrar, image_size):

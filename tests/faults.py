@@ -29,7 +29,8 @@ SMALL = {
         "dim=64", "depth=1", "queries=8", "query_rows=8", "codebook=32", "groups=4",
         "decoder_dim=64", "decoder_depth=1", "pixel_dim=64", "pixel_depth=2", "steps=4"))],
     "madformer": ["dim=64", "mlp=64", "depth=3", "diffusion_depth=2", "unet.channels=8,16",
-                  "unet.blocks=1,1", "unet.attention=0,0", "unet.groups=4", "unet.time_dim=16", "steps=3", *VAE]}
+                  "unet.blocks=1,1", "unet.attention=0,0", "unet.groups=4", "unet.time_dim=16",
+                  "steps=3", *VAE]}
 SCRIPT = """
 import os, sys
 sys.path.insert(0, {root!r})

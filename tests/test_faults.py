@@ -278,8 +278,8 @@ FLAGS = {  # what is refused before anything is read or written
             "--seed -1", "--accumulate 0", "--unknown", "--precision fp8",
             "--batch-size 2.5", "--save-every 0", "--fid-samples 0"],
     sample: ["--n 0", "--cfg high", "--cfg nan --n 1", "--steps -1", "--seed -1",
-             "--solver maruyama --noise-scale nan --n 1", "--tokens 4", "--prompt x", "--top-k 3", "--batch-size 0",
-             "--ckpt a --run b", "--unknown"]}
+             "--noise-scale nan --n 1", "--tokens 4", "--prompt x", "--top-k 3",
+             "--batch-size 0", "--ckpt a --run b", "--unknown"]}
 
 
 @pytest.mark.parametrize("module, flags", [(module, x) for module in FLAGS for x in FLAGS[module]])
