@@ -875,7 +875,7 @@ PAPER_TOKENIZER = paper_tokenizer(210_000, 1024)
 PAPER_AR = Recipe(lr=4e-4, batch=1024, epochs=300, decay=50 / 300, final=1e-5 / 4e-4,
                   weight_decay=0.05, clip=1.0)
 TOKENIZER_RECIPES = {
-    "tiny": replace(PAPER_TOKENIZER, lr=3e-3, batch=16, epochs=1.6, warmup=0.02, decay=0.4,
+    "tiny": replace(PAPER_TOKENIZER, lr=2e-3, batch=16, epochs=2.0, warmup=0.02, decay=0.4,
                     ema=0.998),
     "b": paper_tokenizer(50_000, 256),
     "l": PAPER_TOKENIZER, "xl": PAPER_TOKENIZER, "xxl": PAPER_TOKENIZER}

@@ -108,7 +108,7 @@ LARGE = Config(dim=1024, heads=16, ar_depth=32, depth=16, drift_scale=0.89, nois
 PRESETS = {
     "tiny": Config(image_size=32, classes=10, dim=128, heads=4, ar_depth=2, depth=4,
                    class_tokens=16, features=64, repeat=2, dropout=0.0, mirror=False, vae=TINY_VAE,
-                   cfg=2.0, steps=15, drift_scale=1.0, noise_scale=1.0, solver="euler"),
+                   cfg=2.5, steps=15, drift_scale=1.0, noise_scale=1.0, solver="euler"),
     "b": Config(),
     "l": LARGE,
     "h": Config(dim=1280, heads=16, ar_depth=40, depth=20, cfg=1.23, noise_scale=0.93),
@@ -590,7 +590,7 @@ def mrar_config(config):
     return replace(config, mrar=True, repeat=2, **MRAR_SAMPLING.get(config.dim, {}))
 
 
-TINY = Recipe(lr=2e-3, batch=32, epochs=1, warmup=0.03, decay=0.5, clip=1.0, ema=0.999)
+TINY = Recipe(lr=2e-3, batch=32, epochs=1.5, warmup=0.03, decay=0.5, clip=1.0, ema=0.999)
 PAPER = Recipe(lr=8e-4, batch=2048, epochs=800, warmup=100 / 800)
 PAPER_512 = Recipe(lr=1e-4, batch=2048, epochs=150, warmup=10 / 150, ema=0.999)
 TINY_MRAR = replace(TINY, lr=1e-3, batch=8, epochs=0.6)
