@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT, MARGIN = 360, 240, 44  # of a panel, pixels
+ORDER = ["vae", "tokenizer", "1step"]  # stages that others build on
 
 
 def panel(folder):
@@ -40,8 +41,8 @@ def main():
     """Write the panels side by side, in the order in which the stages were trained."""
     if len(sys.argv) != 3:
         sys.exit("usage: python experiments/curves.py RUN PICTURE.png")
-    logs = sorted(Path(sys.argv[1]).glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime)
-    logs = [path for path in logs if '"loss"' in path.read_text()]
+    logs = [path for path in Path(sys.argv[1]).glob("*/log.jsonl") if '"loss"' in path.read_text()]
+    logs.sort(key=lambda path: [*ORDER, path.parent.name].index(path.parent.name))
     if not logs:
         sys.exit(f"error: no stage in {sys.argv[1]} has a log.jsonl with a loss")
     panels = [panel(path.parent) for path in logs]

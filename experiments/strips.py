@@ -33,11 +33,12 @@ def columns(name, model_file, model, first_stage):
         for k in range(1, model.config.rounds + 1):
             yield f"round {k}", generate(rounds=k)
         return
-    generate(on_step=steps.append)
     if name == "dar":
+        generate(on_step=steps.append, steps=first_stage.config.groups)
         for k, preview in enumerate(steps, 1):
             yield f"{k * first_stage.config.group_size} tokens", preview
     else:
+        generate(on_step=steps.append)
         each = len(steps) // model.config.ar_length
         for k, blocks in enumerate(steps[each - 1::each], 1):
             yield f"block {k}", blocks
