@@ -108,7 +108,8 @@ class Config:
 
 TINY_TOKENIZER = TokenizerConfig(
     patch=4, dim=128, head=32, depth=2, queries=64, query_rows=64, codebook=512, code_dim=3,
-    decoder_dim=128, decoder_depth=2, pixel_patch=4, pixel_dim=128, pixel_depth=4, repa_layer=0)
+    decoder_dim=128, decoder_depth=2, pixel_patch=4, pixel_dim=128, pixel_depth=4, repa_layer=0,
+    steps=16)
 PRESETS = {
     "tiny": Config(
         image_size=32, classes=10, dim=192, heads=3, depth=4, dropout=0.0, cfg=(2.0, 2.0), crops=1,
@@ -843,8 +844,7 @@ def check(model, tokenizer):
 def random_scale_crop(image, size, rng):
     """Views: a random square of the picture at 1 to 1.25 times the size, and its mirror image."""
     image = common.shrink(image, round(size * rng.uniform(1, 1.25)))
-    place = [rng.integers(side - size + 1) for side in image.size]
-    crop = common.cut(image, size, *place)
+    crop = common.cut(image, size, *(rng.integers(side - size + 1) for side in image.size))
     return [crop, common.mirror(crop)]
 
 
@@ -852,8 +852,8 @@ def ten_crops(image, size, rng):
     """Views: corners and centre of the picture at 1.1 times the size, and their mirror images."""
     image = common.centre_crop(image, int(size * 1.1))
     far = image.width - size
-    places = ((0, 0), (far, 0), (0, far), (far, far), (far // 2, far // 2))
-    crops = [common.cut(image, size, *place) for place in places]
+    crops = [common.cut(image, size, *place) for place in
+             ((0, 0), (far, 0), (0, far), (far, far), (far // 2, far // 2))]
     return crops + [common.mirror(crop) for crop in crops]
 
 

@@ -16,7 +16,7 @@ from dar import Config, Llama, Tokenizer, TokenizerConfig
 
 SMALL = replace(
     dar.TINY_TOKENIZER, image_size=16, dim=64, queries=12, query_rows=16, codebook=32, code_dim=4,
-    groups=4, pixel_dim=64, pixel_depth=2)
+    groups=4, pixel_dim=64, pixel_depth=2, steps=0)
 CONFIG = replace(
     dar.PRESETS["tiny"], image_size=16, classes=5, dim=64, heads=2, depth=2, cfg=(1.5, 1.5),
     tokenizer=SMALL)
