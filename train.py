@@ -144,7 +144,8 @@ def train(run):
     if is_main:
         start_log(run)
     on_stop_signals(run.stop)
-    skipped, in_a_row, window = 0, 0, []
+    skipped = in_a_row = 0
+    window = []
     bar = common.progress(run.steps, run.stage.name, "step", process.rank, run.step)
     while run.step < run.steps:
         start = time.perf_counter()
@@ -178,7 +179,8 @@ def train(run):
             if is_main:
                 window.append(values / process.world)
         else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
+            skipped += 1
+            in_a_row += 1
             if in_a_row == 10:
                 raise UserError(f"loss or gradient not finite ten times in a row, up to step"
                                 f" {run.step + 1}: the last saved state, if there is one, is"
@@ -378,7 +380,9 @@ def compile_blocks(network):
 def loader(run):
     """Return an endless iterable of this rank's micro-batches, from the samples that the run has
     not seen yet. The codes of the first stage are cached before."""
-    args, size, workers = run.args, run.config.image_size, run.args.workers
+    args = run.args
+    size = run.config.image_size
+    workers = args.workers
     views = run.stage.views(run.config)
     cache = None
     if run.first_stage and args.cache != "off":
@@ -401,8 +405,10 @@ def on_stop_signals(handler):
 
 
 def ignore_interrupts(worker):
-    """Let the main process alone handle Ctrl-C, so that it can save."""
+    """Let the main process alone handle Ctrl-C, and SIGTERM of torchrun, so that it can save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()            # torchrun's signal goes to the group of the process
 
 
 def codes(run, batch):
