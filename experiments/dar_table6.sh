@@ -3,7 +3,8 @@
 # Here    The same; reconstructions of test images. Some 60 minutes on two cores.
 . "$(dirname "$0")/shared.sh"
 for beta in 1 2 4; do
-    fit 3000 --model dar --stage tokenizer --out "$out/beta_$beta" --set tokenizer.beta=$beta
+    fit 3000 --model dar --stage tokenizer --out "$out/beta_$beta" \
+        --set tokenizer.beta=$beta tokenizer.steps=8
     judge beta_$beta --model dar --tokenizer "$out/beta_$beta/tokenizer/model.pt" \
         --reconstruct "$data"
 done
