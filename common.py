@@ -35,6 +35,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from tqdm import tqdm
 
 # --- 1  Errors and scripts ------------------------------------------------------------------------
@@ -269,7 +270,7 @@ def walk(module, *inputs):
 
     def show(part, args, output):
         if part in names:
-            first = torch.utils._pytree.tree_leaves(output)[0]
+            first = tree_leaves(output)[0]
             print(f"  {names.pop(part):32s} {type(part).__name__:18s} {tuple(first.shape)}")
 
     with nn.modules.module.register_module_forward_hook(show):
@@ -967,13 +968,35 @@ class Noise:
         return values.to(self.device, non_blocking=True)
 
 
-def compiled(step):
-    """Compile the inner step of a sampler. On CUDA it is recorded as a graph, launched at once.
+def moves(x):
+    """Return whether x is a tensor, but not one of key_value_pairs."""
+    return torch.is_tensor(x) and not hasattr(x, "stays")
 
-    The result is a copy: the next call writes into the graph's own memory.
+
+def recorded(step):
+    """Return the inner step of a sampler; on CUDA it is recorded as a graph, launched at once: one
+    for each shape of its inputs, which are copied to where it reads.
     """
-    step = torch.compile(step, mode="reduce-overhead")
-    return lambda *args: step(*args).clone()
+    graphs = {}
+
+    def launch(*args):
+        inputs, form = tree_flatten(args)
+        if not inputs[0].is_cuda:
+            return step(*args)
+        key = tuple(getattr(x, "shape", x) for x in inputs)
+        if key not in graphs:
+            own = [x.clone() if moves(x) else x for x in inputs]
+            args = tree_unflatten(own, form)
+            step(*args)  # what is compiled at the first call cannot be recorded
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                output = step(*args)
+            graphs[key] = graph, [*filter(moves, own)], output
+        graph, own, output = graphs[key]
+        torch._foreach_copy_(own, [*filter(moves, inputs)])
+        graph.replay()
+        return output.clone()  # the next launch writes there
+    return launch
 
 
 def cast_once(*modules):
@@ -985,25 +1008,12 @@ def cast_once(*modules):
 
 
 def key_value_pairs(depth, shape, dtype, device):
-    """Return memory for the keys and values of each layer."""
-    empty = partial(torch.empty, shape, dtype=dtype, device=device)
-    return [[empty(), empty()] for _ in range(depth)]
-
-
-class KeyValueCache:
-    """Memory for the keys and values of each layer, kept from one batch to the next: a recorded
-    graph reads and writes at the addresses at which it was recorded."""
-
-    def __init__(self):
-        self.kept = lru_cache(1)(key_value_pairs)
-
-    def allocate(self, depth, shape, dtype, device):
-        """Return `depth` pairs (K, V) of zeros of this shape, at the old addresses if they fit."""
-        layers = self.kept(depth, shape, dtype, device)
-        for pair in layers:
-            for tensor in pair:
-                torch._dynamo.mark_static_address(tensor.zero_())
-        return layers
+    """Return zeros for the keys and values of each layer. A recorded graph uses them in place: it
+    must get the same ones for each batch."""
+    tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * depth)]
+    for tensor in tensors:
+        tensor.stays = True
+    return [*zip(tensors[::2], tensors[1::2])]
 
 
 # --- 5  Training state ----------------------------------------------------------------------------

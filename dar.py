@@ -656,7 +656,7 @@ class LlamaBlock(nn.Module):
 
 class Llama(nn.Module):
     """A language model of codes whose first token is the class (Touvron et al., 2023; LlamaGen)."""
-    memory = None  # see compile_steps
+    key_value_pairs = staticmethod(common.key_value_pairs)  # see compile_steps
 
     def __init__(self, config):
         super().__init__()
@@ -707,6 +707,14 @@ class Llama(nn.Module):
             x = layer(x, self.rotary[:, place], keys_and_values, place, mask)
         return self.output(self.norm(x[:, 0])).float()
 
+    def draw(self, logits, u, scale, filters):
+        """Return tokens (B,) drawn by u (B,) from logits (B, V), or, with guidance of this scale
+        (1,), from logits (2B, V). filters: the other arguments of `probabilities`."""
+        if len(logits) > len(u):
+            logits, unconditional = logits.chunk(2)
+            logits = unconditional + scale * (logits - unconditional)
+        return draw_token(probabilities(logits, *filters), u)
+
     @torch.no_grad()
     def stream(self, labels, noise, *, prefix=(), tokens=None, **options):
         """Generate codes for labels (B,). Yield all codes so far, (B, 1) to (B, N), after each one.
@@ -718,25 +726,26 @@ class Llama(nn.Module):
         """
         c = common.with_options(self.config, **options)
         N = c.tokenizer.queries
-        scales = torch.linspace(*c.cfg, N).tolist()
+        scales = torch.linspace(*c.cfg, N, device=labels.device)
+        filters = (c.temperature, c.top_k, c.top_p)
         guided = c.cfg != (1, 1)
         codes = labels.new_zeros(len(labels), N)
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, c.classes)])
         x = self.class_embed(labels)                               # (B or 2B, dim)
-        memory = self.memory or common.KeyValueCache()
+        shape = (len(x), c.heads, N, c.dim // c.heads)
         dtype = self.output(x).dtype                               # that of autocast, if it is on
-        cache = memory.allocate(c.depth, (len(x), c.heads, N, c.dim // c.heads), dtype, x.device)
+        cache = self.key_value_pairs(c.depth, shape, dtype, x.device)
         draws = noise.uniform((N,))                                # one for each token
         places = torch.arange(N, device=x.device)
         visible = places <= places[:, None]                        # (N, N)
         for i in range(tokens or N):
-            logits = self.step(x, cache, places[i:i + 1], visible[i:i + 1])
-            if guided:
-                logits, unconditional = logits.chunk(2)
-                logits = unconditional + scales[i] * (logits - unconditional)
-            probs = probabilities(logits, c.temperature, c.top_k, c.top_p)
-            codes[:, i] = prefix[i] if i < len(prefix) else draw_token(probs, draws[:, i])
+            here = slice(i, i + 1)
+            logits = self.step(x, cache, places[here], visible[here])
+            if i < len(prefix):
+                codes[:, i] = prefix[i]
+            else:
+                codes[:, i] = self.draw(logits, draws[:, i], scales[here], filters)
             yield codes[:, :i + 1]
             x = self.token_embed(codes[:, i])
             if guided:
@@ -821,13 +830,13 @@ def generate(model, tokenizer, labels, noise, *, on_step=None, steps=None, solve
 
 
 def compile_steps(model, tokenizer):
-    """Compile what sampling repeats: the step of a token and the pixel decoder.
-
-    The decoder is not recorded as a CUDA graph: graphs share their memory, and it may run beside a
-    token's step on another stream.
-    """
-    model.step = common.compiled(model.step)
-    model.memory = common.KeyValueCache()
+    """Compile what sampling repeats: the blocks, of equal code, and the pixel decoder. The step of
+    a token and its draw are recorded as graphs."""
+    for layer in model.layers:
+        layer.compile()
+    model.step = common.recorded(model.step)
+    model.draw = common.recorded(model.draw)
+    model.key_value_pairs = lru_cache(None)(common.key_value_pairs)
     tokenizer.pixels.compile()
 
 

@@ -34,6 +34,7 @@ from common import SD_VAE, TINY_VAE, Recipe, Stage, UserError, VAEConfig
 
 MAX_STEPS = {"ddim": 1000, "dpm": 999}  # of each sampler
 TEXT, CLEAN, NOISE = range(3)           # kinds of rows
+NEVER = 2**30                           # later than any place
 BOS, EOS, BOI, EOI = range(256, 260)    # begin and end of text and image; smaller tokens: bytes
 TOKENS = 260
 
@@ -373,16 +374,17 @@ def visibility(layout, text, isolated):
     of the first rows; without text (1, 0). isolated: blocks attend only to themselves, text only to
     text (Table 5).
     """
-    kind, place, _, _ = layout
+    kind, place = layout[:2].int()
+    own = 3 * place + kind                                               # one number of both
     not_padding = F.pad(text != EOS, (0, len(kind) - text.shape[1]), value=True)
     visible = not_padding & ((kind != NOISE) | (kind != CLEAN).all())    # (B or 1, m)
+    if isolated:
+        visible = visible & (kind == TEXT)
+        place = torch.where(kind == TEXT, place, -NEVER)
+    seen_after = torch.where(visible, place, NEVER)                      # (B or 1, m)
 
     def mask(b, h, i, j):
-        same = (kind[i] == kind[j]) & (place[i] == place[j])
-        earlier = visible[b % len(visible), j] & (place[j] < place[i])
-        if isolated:
-            earlier = earlier & (kind[i] == TEXT) & (kind[j] == TEXT)
-        return same | earlier
+        return (own[i] == own[j]) | (seen_after[b % len(seen_after), j] < place[i])
     return mask
 
 
@@ -472,6 +474,7 @@ def solve(network, x, sampler, steps, target):
 
 class MADFormer(nn.Module):
     """Downsampler, transformer and upsampler, and the text's embedding and head."""
+    key_value_pairs = staticmethod(common.key_value_pairs)  # see compile_steps
 
     def __init__(self, config):
         super().__init__()
@@ -491,7 +494,6 @@ class MADFormer(nn.Module):
         image = torch.cat([place[None], grid])                           # (3, T n)
         self.register_buffer("image", image, persistent=False)
         self.register_buffer("alphas_bar", alphas_bar(), persistent=False)
-        self.memory = None  # see compile_steps
         # DDP must know whether some parameters may get no gradient: without the clean-tower loss
         # that tower's output is unused, and without the condition that of the AR layers.
         self.idle_parameters = not c.condition or c.clean_blocks and not c.clean_weight
@@ -672,8 +674,7 @@ class MADFormer(nn.Module):
         shape = (len(labels), c.dim // c.head, len(slots), c.head)
         dtype = (self.boi @ self.boi.mT).dtype  # of any product: bfloat16 under autocast
         depth = c.ar_depth if c.mlp_denoising else c.depth
-        memory = self.memory or common.KeyValueCache()
-        caches = memory.allocate(depth, shape, dtype, labels.device)
+        caches = self.key_value_pairs(depth, shape, dtype, labels.device)
         spans = []
         ends = range(text.shape[1], len(slots) + 1, c.tokens)
         for start, end in zip([0, *ends], ends):
@@ -750,8 +751,8 @@ def generate(model, vae, labels, noise, *, on_step=None, nfe=None, **options):
 
 def compile_steps(model, vae):
     """Compile what sampling repeats: the denoising step. Its cache must stay at one address."""
-    model.denoise = common.compiled(model.denoise)
-    model.memory = common.KeyValueCache()
+    model.denoise = common.recorded(torch.compile(model.denoise))
+    model.key_value_pairs = functools.cache(common.key_value_pairs)
 
 
 check = common.check_vae

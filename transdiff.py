@@ -561,20 +561,8 @@ def generate(model, vae, labels, noise, *, fuse=None, on_step=None, **options):
 
 
 def compile_steps(model, vae):
-    """Compile what sampling repeats: the decoder, which is recorded as a graph. A graph reads from
-    fixed addresses, so each round copies its keys and values there, padded to one shape."""
-    decoder = model.decoder
-    keys_values = decoder.keys_values
-    memory = common.KeyValueCache()
-
-    def stored(c):
-        new = keys_values(F.pad(c, (0, 0, 0, model.config.features - c.shape[1])))
-        [pair] = memory.allocate(1, new.shape[1:], new.dtype, new.device)
-        torch._foreach_copy_(pair, new.unbind())
-        return pair
-
-    decoder.keys_values = stored
-    decoder.forward = common.compiled(decoder.forward)
+    """Compile what sampling repeats: the decoder, which is recorded as a graph."""
+    model.decoder.forward = common.recorded(torch.compile(model.decoder.forward))
 
 
 check = common.check_vae

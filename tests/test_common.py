@@ -346,14 +346,10 @@ def test_noise_belongs_to_the_image():
     assert torch.equal(together.uniform((5,))[3], alone.uniform((5,))[0])
 
 
-def test_a_key_value_cache_keeps_its_memory():
-    """A recorded graph writes to the addresses of its first batch, and finds zeros there."""
-    wanted = (1, (3, 4), torch.float32, torch.device("cpu"))
-    cache = common.KeyValueCache()
-    (before, _), = cache.allocate(*wanted)
-    before.fill_(1)
-    (after, _), = cache.allocate(*wanted)
-    assert after.data_ptr() == before.data_ptr() and not after.any()
+def test_recorded_steps_copy_what_moves():
+    """Other inputs are copied at each launch: whole caches would be."""
+    [(keys, values)] = common.key_value_pairs(1, (3, 4), torch.float32, torch.device("cpu"))
+    assert [common.moves(x) for x in (keys, values, keys.clone(), 1)] == [False, False, True, False]
 
 
 # --- Training state -------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
-from test_parity import Fixture, Spy, close, replay, spied
+from test_parity import Fixture, Spy, close, replay
 
 import common
 import transdiff
@@ -95,18 +95,13 @@ def test_fast_sampling_is_plain_sampling(mrar, solver):
 
 @pytest.mark.parametrize("mrar", [False, True])
 def test_compiled_sampling_is_eager_sampling(traced, mrar):
-    """A graph for the first number of features and one for all others. A recorded graph copies what
-    has moved since, so keys and values stay at one place, in all rounds of both jobs."""
+    """A graph for the first number of features and one for all others, in two jobs."""
     model = small(mrar=mrar)
     eager = sample(model)
     transdiff.compile_steps(model, None)
-    decoder = spied(model.decoder)
     for _ in range(2):
         close(sample(model), eager)
     assert len(traced) == (2 if mrar else 1)
-    pairs = [keys_values for (_, _, keys_values, _), _ in decoder]
-    assert len({(k.data_ptr(), v.data_ptr()) for k, v in pairs}) == 1
-    assert all(hasattr(tensor, "_dynamo_static_input_type") for tensor in pairs[0])
 
 
 def test_block_causal_attention_is_masked_attention():
