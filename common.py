@@ -974,8 +974,9 @@ def moves(x):
 
 
 def recorded(step):
-    """Return the inner step of a sampler; on CUDA it is recorded as a graph, launched at once: one
-    for each shape of its inputs, which are copied to where it reads.
+    """Return the inner step of a sampler; on CUDA its kernels are recorded as a graph and launched
+    together, as launching each takes longer than it runs. There is a graph for each shape of the
+    inputs, which are copied to where it reads.
     """
     graphs = {}
 
@@ -989,6 +990,7 @@ def recorded(step):
             args = tree_unflatten(own, form)
             step(*args)  # what is compiled at the first call cannot be recorded
             graph = torch.cuda.CUDAGraph()
+            # thread_local: NCCL's own thread may call CUDA meanwhile
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 output = step(*args)
             graphs[key] = graph, [*filter(moves, own)], output

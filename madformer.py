@@ -375,7 +375,7 @@ def visibility(layout, text, isolated):
     text (Table 5).
     """
     kind, place = layout[:2].int()
-    own = 3 * place + kind                                               # one number of both
+    own = 3 * place + kind  # one number: FlexAttention looks it up for every pair
     not_padding = F.pad(text != EOS, (0, len(kind) - text.shape[1]), value=True)
     visible = not_padding & ((kind != NOISE) | (kind != CLEAN).all())    # (B or 1, m)
     if isolated:
