@@ -380,8 +380,8 @@ def visibility(layout, text, isolated):
     visible = not_padding & ((kind != NOISE) | (kind != CLEAN).all())    # (B or 1, m)
     if isolated:
         visible = visible & (kind == TEXT)
-        place = torch.where(kind == TEXT, place, -NEVER)
-    seen_after = torch.where(visible, place, NEVER)                      # (B or 1, m)
+        place = place.where(kind == TEXT, -NEVER)
+    seen_after = place.where(visible, NEVER)                             # (B or 1, m)
 
     def mask(b, h, i, j):
         return (own[i] == own[j]) | (seen_after[b % len(seen_after), j] < place[i])
