@@ -975,8 +975,8 @@ def moves(x):
 
 def recorded(step):
     """Return the inner step of a sampler; on CUDA its kernels are recorded as a graph and launched
-    together, as launching each takes longer than it runs. There is a graph for each shape of the
-    inputs, which are copied to where it reads.
+    together, as launching each takes longer than it runs. There is a graph for each combination of
+    shapes and of other values; tensors are copied to where it reads.
     """
     graphs = {}
 
@@ -984,11 +984,12 @@ def recorded(step):
         inputs, form = tree_flatten(args)
         if not inputs[0].is_cuda:
             return step(*args)
-        key = tuple(getattr(x, "shape", x) for x in inputs)
+        key = tuple((x.shape, x.dtype) if moves(x) else x for x in inputs)
         if key not in graphs:
             own = [x.clone() if moves(x) else x for x in inputs]
             args = tree_unflatten(own, form)
             step(*args)  # what is compiled at the first call cannot be recorded
+            torch.clear_autocast_cache()  # its tensors would be gone at the next launch
             graph = torch.cuda.CUDAGraph()
             # thread_local: NCCL's own thread may call CUDA meanwhile
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -1010,8 +1011,8 @@ def cast_once(*modules):
 
 
 def key_value_pairs(depth, shape, dtype, device):
-    """Return zeros for the keys and values of each layer. A recorded graph uses them in place: it
-    must get the same ones for each batch."""
+    """Return zeros for the keys and values of each layer. A recorded graph uses them in place, so
+    it gets the same ones for each batch: what is still there of the last one must be masked."""
     tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * depth)]
     for tensor in tensors:
         tensor.stays = True

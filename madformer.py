@@ -380,7 +380,7 @@ def visibility(layout, text, isolated):
     visible = not_padding & ((kind != NOISE) | (kind != CLEAN).all())    # (B or 1, m)
     if isolated:
         visible = visible & (kind == TEXT)
-        place = place.where(kind == TEXT, -NEVER)
+        place = place.where(kind == TEXT, -NEVER)  # for blocks nothing is earlier
     seen_after = place.where(visible, NEVER)                             # (B or 1, m)
 
     def mask(b, h, i, j):
@@ -750,9 +750,9 @@ def generate(model, vae, labels, noise, *, on_step=None, nfe=None, **options):
 
 
 def compile_steps(model, vae):
-    """Compile what sampling repeats: the denoising step. Its cache must stay at one address."""
+    """Compile what sampling repeats, the denoising step, and record it, a graph for each block."""
     model.denoise = common.recorded(torch.compile(model.denoise))
-    model.key_value_pairs = functools.cache(common.key_value_pairs)
+    model.key_value_pairs = functools.lru_cache(None)(common.key_value_pairs)
 
 
 check = common.check_vae

@@ -561,7 +561,7 @@ def generate(model, vae, labels, noise, *, fuse=None, on_step=None, **options):
 
 
 def compile_steps(model, vae):
-    """Compile what sampling repeats: the decoder, which is recorded as a graph."""
+    """Compile what sampling repeats, the decoder, and record it, a graph for each round."""
     model.decoder.forward = common.recorded(torch.compile(model.decoder.forward))
 
 

@@ -346,8 +346,8 @@ def test_noise_belongs_to_the_image():
     assert torch.equal(together.uniform((5,))[3], alone.uniform((5,))[0])
 
 
-def test_recorded_steps_copy_what_moves():
-    """Other inputs are copied at each launch: whole caches would be."""
+def test_only_keys_and_values_stay_for_a_recorded_step():
+    """All other tensors are copied at each launch."""
     [(keys, values)] = common.key_value_pairs(1, (3, 4), torch.float32, torch.device("cpu"))
     assert [common.moves(x) for x in (keys, values, keys.clone(), 1)] == [False, False, True, False]
 
