@@ -84,7 +84,8 @@ def run_script(main):
 
 ADVICE = {  # pattern in the type and the words of a RuntimeError -> what to say
     "OutOfMemoryError": "out of memory: use a smaller --batch-size, or --accumulate",
-    r"'torch\._(dynamo|inductor)": "torch.compile failed: --no-compile runs without it",
+    r"'torch\._(dynamo|inductor)|stream is capturing":
+        "torch.compile failed: --no-compile runs without it",
     "DataLoader worker": "a process that loads images died (memory?): the same command resumes",
     "DistBackendError|gloo/|Connection (closed|reset) by peer":
         "lost the connection to the other ranks"}

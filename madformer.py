@@ -375,7 +375,7 @@ def visibility(layout, text, isolated):
     text (Table 5).
     """
     kind, place = layout[:2].int()
-    own = 3 * place + kind  # one number: FlexAttention looks it up for every pair
+    own = 3 * place + kind  # one short number: FlexAttention looks it up for every pair
     not_padding = F.pad(text != EOS, (0, len(kind) - text.shape[1]), value=True)
     visible = not_padding & ((kind != NOISE) | (kind != CLEAN).all())    # (B or 1, m)
     if isolated:
@@ -752,7 +752,7 @@ def generate(model, vae, labels, noise, *, on_step=None, nfe=None, **options):
 def compile_steps(model, vae):
     """Compile what sampling repeats, the denoising step, and record it, a graph for each block."""
     model.denoise = common.recorded(torch.compile(model.denoise))
-    model.key_value_pairs = functools.lru_cache(None)(common.key_value_pairs)
+    model.key_value_pairs = functools.cache(common.key_value_pairs)
 
 
 check = common.check_vae

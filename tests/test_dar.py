@@ -289,7 +289,7 @@ def test_compiled_sampling_is_eager_sampling(traced):
     dar.compile_steps(model, t)
     generate(model, t, [2, 1, 0], tokens=5, cfg=(1.0, 2.5))
     close(generate(model, t, [0, 1, 2]), expected)
-    assert len(traced) == 2
+    assert len(traced) == 2 and model.key_value_pairs.cache_info().misses == 1
 
 
 def test_compiled_blocks_write_whole_caches_in_place(traced):
