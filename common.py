@@ -64,6 +64,8 @@ def run_script(main):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)  # DDP leaves gloo's threads, which may abort the interpreter's own end
         return
     except UserError as error:
         words = str(error).rpartition("\ncommon.UserError: ")[2]  # of a data worker's traceback

@@ -209,6 +209,8 @@ def train(run):
             raise UserError(f"stopped at step {run.step} of stage {run.stage.name}; saved: the same"
                             " command resumes there")
     bar.close()
+    if run.board:
+        run.board.close()
     on_stop_signals(signal.default_int_handler)
 
 
