@@ -331,14 +331,6 @@ def shift(u, beta):
     return u / (u + beta * (1 - u))                                # Eq. 8
 
 
-def spread(n, device):
-    """Return n uniform random numbers (n,) in 0 .. 1, one in each n-th of it.
-
-    So every batch has all times, and its gradient is less noisy.
-    """
-    return (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
-
-
 def prefixes(stream, lengths):
     """Yield the first codes of a stream in each of these lengths, as soon as they are there.
 
@@ -462,7 +454,7 @@ class Tokenizer(nn.Module):
         all images of the batch have the same code.
         """
         c = self.config
-        u = spread(len(images), images.device) if u is None else u
+        u = torch.rand(len(images), device=images.device) if u is None else u
         x_0 = torch.randn_like(images) if noise is None else noise                 # Eq. 4
         if c.times == "shifted":
             t = shift(u, c.beta)
