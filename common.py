@@ -1026,7 +1026,7 @@ def key_value_pairs(depth, shape, dtype, device):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained: AdamW with warm-up from zero, a constant rate, and decay."""
+    """How a stage is trained: warm-up from zero, a constant learning rate, and decay."""
     lr: float
     batch: int                        # samples per optimizer step, over all ranks and micro-batches
     epochs: float                     # length in passes over the data
@@ -1036,6 +1036,7 @@ class Recipe:
     exponential: bool = False         # shape of the decay; exponential needs final above 0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.02
+    muon: bool = False                # for the matrices of blocks; all else is always AdamW's
     clip: float = 3.0                 # largest gradient norm
     ema: float = 0.9999               # largest decay of the moving average of the weights
 
@@ -1116,6 +1117,55 @@ def gather(value):
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, and Muon (Jordan et al., 2024) for the parameter groups with muon=True, all matrices.
+
+    Muon adds the momentum of a matrix with all its singular values made nearly equal, so that
+    directions with small gradients are learned, too. Scaled as in Liu et al. (2025), a step is
+    about as large as AdamW's at the same rate. torch.optim.Muon works in bfloat16, which many CPUs
+    compute many times slower than float32.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        """Change all parameters that have a gradient. Those of the matrices are dropped."""
+        for group in self.param_groups:
+            alike = {}
+            for p in group["params"]:
+                if group["muon"] and p.grad is not None:
+                    alike.setdefault(p.shape, []).append(p)
+            for shape, matrices in alike.items():  # in one batch, which two threads can share
+                updates = orthogonal(torch.stack([self.momentum(p) for p in matrices]))
+                for p, update in zip(matrices, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(update, alpha=0.2 * max(shape)**0.5 * group["lr"])
+                    p.grad = None                  # AdamW leaves it alone
+        super().step()
+
+    def momentum(self, p):
+        """Return Nesterov's momentum of a matrix, with this step's gradient."""
+        state = self.state[p]
+        if not state:  # AdamW expects a step when it loads them
+            state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+        state["momentum"].lerp_(p.grad, 0.05)
+        return p.grad.lerp(state["momentum"], 0.95)
+
+
+def orthogonal(x):
+    """Return matrices x (n, a, b) with all singular values near 1, by steps of Newton and Schulz.
+
+    The five steps and their coefficients, of Jordan et al., end between 0.7 and 1.2.
+    """
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT  # with the smaller of the two squares
+    x = F.normalize(x, dim=(1, 2))
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x
 
 
 @torch.no_grad()

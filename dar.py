@@ -884,13 +884,13 @@ PAPER_TOKENIZER = paper_tokenizer(210_000, 1024)
 PAPER_AR = Recipe(lr=4e-4, batch=1024, epochs=300, decay=50 / 300, final=1e-5 / 4e-4,
                   weight_decay=0.05, clip=1.0)
 TOKENIZER_RECIPES = {
-    "tiny": replace(PAPER_TOKENIZER, lr=2e-3, batch=16, epochs=2.0, warmup=0.02, decay=0.4,
-                    ema=0.998),
+    "tiny": replace(PAPER_TOKENIZER, muon=True, lr=5e-3, batch=16, epochs=1.4, warmup=0.02,
+                    decay=0.4, ema=0.998),
     "b": paper_tokenizer(50_000, 256),
     "l": PAPER_TOKENIZER, "xl": PAPER_TOKENIZER, "xxl": PAPER_TOKENIZER}
 AR_RECIPES = {
-    "tiny": replace(PAPER_AR, lr=2e-3, batch=64, epochs=1.1, warmup=0.03, decay=0.5, final=0.0,
-                    ema=0.998),
+    "tiny": replace(PAPER_AR, muon=True, lr=4e-3, batch=64, epochs=1.1, warmup=0.03, decay=0.5,
+                    final=0.0, ema=0.998),
     "b": replace(PAPER_AR, epochs=50),
     "l": PAPER_AR, "xl": PAPER_AR, "xxl": PAPER_AR}
 STAGES = [

@@ -238,7 +238,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.network = stage.build(self.config).to(process.device)
         self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
-        self.optimizer = adamw(self.network, self.recipe)
+        self.optimizer = make_optimizer(self.network, self.recipe)
         self.order = common.Order(data.labels, getattr(self.config, "images_per_sample", 1),
                                   args.seed)
         self.board = None                     # of TensorBoard
@@ -287,17 +287,19 @@ def make_config(run):
     return config
 
 
-def adamw(network, recipe):
-    """Return AdamW with two groups of parameters: with weight decay and without."""
-    decayed = []
-    others = []
+def make_optimizer(network, recipe):
+    """Return an optimizer of the parameters: Muon's and AdamW's, with weight decay and without."""
+    lists = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
+    in_blocks = {p for blocks in lists for p in blocks.parameters()}
+    groups = {}
     for name, p in network.named_parameters():
         decays = network.decays(name, p) if hasattr(network, "decays") else p.ndim > 1
+        muon = recipe.muon and p.ndim == 2 and p in in_blocks
         if p.requires_grad:
-            (decayed if decays else others).append(p)
-    return torch.optim.AdamW(
-        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-        recipe.lr, recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+            groups.setdefault((muon, decays), []).append(p)
+    return common.Muon(
+        [{"params": group, "muon": muon, "weight_decay": decays * recipe.weight_decay}
+         for (muon, decays), group in groups.items()], recipe.lr, recipe.betas, fused=True)
 
 
 def resume(run):

@@ -210,7 +210,7 @@ def bench_training(args, table, model_file, stage, first_stage):
     config = make_config(args, model_file, stage)
     recipe = stage.recipes[args.size]
     network = stage.build(config).to(process.device).train()
-    optimizer = train.adamw(network, recipe)
+    optimizer = train.make_optimizer(network, recipe)
     batch, labels = training_batch(args.train_batch, stage, config, first_stage, process.device)
 
     def step():

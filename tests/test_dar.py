@@ -365,11 +365,6 @@ def test_impossible_configurations_are_refused(change):
         common.override(CONFIG, [change])
 
 
-def test_the_tokenizers_image_size_follows():
-    """So that a user sets one of them only."""
-    assert common.override(CONFIG, ["image_size=32"]).tokenizer.image_size == 32
-
-
 @pytest.mark.parametrize("options,words", [
     ({"temperature": -1.0}, "temperature"),
     ({"top_k": -1}, "top_k"),

@@ -125,21 +125,22 @@ common.save = save_and_die
 """
 
 
-def test_killed_runs_end_bit_equal(pictures, tmp_path):
+@pytest.mark.parametrize("model", [transdiff, dar])
+def test_killed_runs_end_bit_equal(model, pictures, tmp_path):
     """Six steps = three, kill -9, three more, in each stage: weights, averages, optimizer and
     losses, bit for bit."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command = [*SMALL["transdiff"], "--data", pictures, "--steps", 6, "--save-every", 3, "--out"]
+    command = [*SMALL[model.__name__], "--data", pictures, "--steps", 6, "--save-every", 3, "--out"]
     run(ROOT / "train.py", *command, whole)
-    for _ in transdiff.STAGES:
+    for _ in model.STAGES:
         process = faults.start([*command, killed], KILL)
         process.communicate()
         assert process.returncode == 9
     run(ROOT / "train.py", *command, killed)
-    for stage in ("vae", "1step", "mrar"):
-        states = [common.read_checkpoint(out / stage / "state.pt") for out in (whole, killed)]
-        assert faults.equal(*states), stage
-        losses = [[line["loss"] for line in log_of(out / stage)] for out in (whole, killed)]
+    for stage in model.STAGES:
+        folders = whole / stage.name, killed / stage.name
+        assert faults.equal(*(common.read_checkpoint(f / "state.pt") for f in folders)), stage
+        losses = [[line["loss"] for line in log_of(folder)] for folder in folders]
         assert losses[0] == losses[1]
 
 
