@@ -289,8 +289,8 @@ def make_config(run):
 
 def make_optimizer(network, recipe):
     """Return an optimizer of the parameters: Muon's and AdamW's, with weight decay and without."""
-    lists = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
-    in_blocks = {p for blocks in lists for p in blocks.parameters()}
+    in_blocks = {p for module in network.modules() if isinstance(module, nn.ModuleList)
+                 for p in module.parameters()}
     groups = {}
     for name, p in network.named_parameters():
         decays = network.decays(name, p) if hasattr(network, "decays") else p.ndim > 1
