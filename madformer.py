@@ -768,7 +768,7 @@ IMAGENET = 1_281_167
 WSD = Recipe(lr=3e-4, batch=64, epochs=210_000 * 64 / FFHQ, warmup=0.01, decay=0.15, final=1 / 64,
              exponential=True, weight_decay=0.05, clip=1.0)  # warm-up, stable, decay
 RECIPES = {
-    "tiny": replace(WSD, muon=True, lr=3e-3, batch=32, epochs=2, decay=0.4, ema=0.998),
+    "tiny": replace(WSD, lr=3e-3, batch=32, epochs=2, decay=0.4, ema=0.998),
     "ffhq": WSD,
     "imagenet": replace(WSD, batch=256, epochs=250_000 * 256 / IMAGENET)}
 STAGES = [common.vae_stage(),

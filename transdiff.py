@@ -578,7 +578,7 @@ def mrar_config(config):
     return replace(config, mrar=True, repeat=2, **MRAR_SAMPLING.get(config.dim, {}))
 
 
-TINY = Recipe(muon=True, lr=4e-3, batch=32, epochs=1.5, warmup=0.03, decay=0.5, clip=1.0, ema=0.999)
+TINY = Recipe(lr=2e-3, batch=32, epochs=1.5, warmup=0.03, decay=0.5, clip=1.0, ema=0.999)
 PAPER = Recipe(lr=8e-4, batch=2048, epochs=800, warmup=100 / 800)
 PAPER_512 = Recipe(lr=1e-4, batch=2048, epochs=150, warmup=10 / 150, ema=0.999)
 TINY_MRAR = replace(TINY, lr=1e-3, batch=8, epochs=0.6)
