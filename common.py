@@ -1134,7 +1134,7 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             alike = {}
             for p in group["params"]:
-                if group["muon"] and p.grad is not None:
+                if group.get("muon") and p.grad is not None:  # not in states of older runs
                     alike.setdefault(p.shape, []).append(p)
             for shape, matrices in alike.items():  # in one batch, which two threads can share
                 updates = orthogonal(torch.stack([self.momentum(p) for p in matrices]))
