@@ -154,7 +154,7 @@ class Config:
 
 
 # The released code trains FFHQ; of ImageNet there is only the paper.
-PAPER = dict(target="clean", image_weight=5.0, hidden="condition")
+PAPER = dict(image_weight=5.0, hidden="condition")
 PRESETS = {
     "tiny": Config(image_size=32, classes=10, text=True, dim=96, head=32, mlp=256, depth=6,
                    diffusion_depth=3, ar_length=4, clean_time="zero", sampler="dpm", steps=50,
@@ -162,7 +162,7 @@ PRESETS = {
                    vae=replace(TINY_VAE, channels=4), **PAPER),
     "ffhq": Config(),
     "imagenet": Config(image_size=256, classes=1000, text=True, vocabulary=128256, ar_length=4,
-                       steps=100, **PAPER)}
+                       steps=100, target="clean", **PAPER)}
 PUBLISHED = {"ffhq": "1.3B", "imagenet": "2.1B"}
 
 
@@ -768,7 +768,7 @@ IMAGENET = 1_281_167
 WSD = Recipe(lr=3e-4, batch=64, epochs=210_000 * 64 / FFHQ, warmup=0.01, decay=0.15, final=1 / 64,
              exponential=True, weight_decay=0.05, clip=1.0)  # warm-up, stable, decay
 RECIPES = {
-    "tiny": replace(WSD, lr=3e-3, batch=32, epochs=2, decay=0.4, ema=0.998),
+    "tiny": replace(WSD, muon=True, lr=3e-3, batch=32, epochs=2, decay=0.4, ema=0.998),
     "ffhq": WSD,
     "imagenet": replace(WSD, batch=256, epochs=250_000 * 256 / IMAGENET)}
 STAGES = [common.vae_stage(),
