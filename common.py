@@ -1081,8 +1081,8 @@ class Stage:
 
 def vae_stage():
     """Return the stage that trains a KL-VAE. Only `tiny` trains its own: see load_vae."""
-    recipe = Recipe(lr=3e-3, batch=16, epochs=0.8, warmup=0.03, decay=0.4, betas=(0.9, 0.99),
-                    weight_decay=0.0, clip=1.0, ema=0.99)
+    recipe = Recipe(muon=True, lr=3e-3, batch=16, epochs=0.6, warmup=0.03, decay=0.4,
+                    betas=(0.9, 0.99), weight_decay=0.0, clip=1.0, ema=0.99)
     return Stage("vae", lambda config: KLVAE(config.vae), {"tiny": recipe},
                  lambda config: centre, load=load_vae)
 
@@ -1120,8 +1120,9 @@ def gather(value):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, and Muon (Jordan et al., 2024) for the parameter groups with muon=True, all matrices.
+    """AdamW, and Muon (Jordan et al., 2024) for the parameter groups with muon=True.
 
+    They hold matrices and kernels (C_out, C_in, k, k), which count as matrices (C_out, C_in k k).
     Muon adds the momentum of a matrix with all its singular values made nearly equal, so that
     directions with small gradients are learned, too. Scaled as in Liu et al. (2025), a step is
     about as large as AdamW's at the same rate. torch.optim.Muon works in bfloat16, which many CPUs
@@ -1137,10 +1138,11 @@ class Muon(torch.optim.AdamW):
                 if group.get("muon") and p.grad is not None:  # not in states of older runs
                     alike.setdefault(p.shape, []).append(p)
             for shape, matrices in alike.items():  # in one batch, which two threads can share
-                updates = orthogonal(torch.stack([self.momentum(p) for p in matrices]))
+                updates = orthogonal(torch.stack([self.momentum(p).flatten(1) for p in matrices]))
                 for p, update in zip(matrices, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(update, alpha=0.2 * max(shape)**0.5 * group["lr"])
+                    rate = 0.2 * max(update.shape)**0.5 * group["lr"]
+                    p.sub_(update.view(shape), alpha=rate)
                     p.grad = None                  # AdamW leaves it alone
         super().step()
 

@@ -54,6 +54,7 @@ class Config:
     repeat: int = 4                     # draws of (t, eps) per image and AR pass
     times: str = "logit-normal"         # t in training: "logit-normal", on the grid k/1000
                                         # (released), or "uniform" (Eq. 5)
+    time_mean: float = 0.0              # mean of the logit-normal times' logits: less noise below 0
     mirror: bool = True                 # mirror half of the training images
     only_decoder: bool = False          # 512 px: train the decoder under a frozen AR transformer
     cfg: float = 1.3                    # sampler defaults: guidance scale,
@@ -108,7 +109,8 @@ LARGE = Config(dim=1024, heads=16, ar_depth=32, depth=16, drift_scale=0.89, nois
 PRESETS = {
     "tiny": Config(image_size=32, classes=10, dim=128, heads=4, ar_depth=2, depth=4,
                    class_tokens=16, features=64, repeat=2, dropout=0.0, mirror=False, vae=TINY_VAE,
-                   cfg=2.5, steps=15, drift_scale=1.0, noise_scale=1.0, solver="euler"),
+                   time_mean=-0.5, cfg=2.5, steps=25, drift_scale=1.0, noise_scale=1.0,
+                   solver="euler"),
     "b": Config(),
     "l": LARGE,
     "h": Config(dim=1280, heads=16, ar_depth=40, depth=20, cfg=1.23, noise_scale=0.93),
@@ -398,7 +400,7 @@ class TransDiff(nn.Module):
         """Draw t (n,) in 0 .. 1: uniform (Eq. 5), or logit-normal (released)."""
         if self.config.times == "uniform":
             return torch.rand(n, device=device)
-        return logit_normal(torch.randn(n, device=device))
+        return logit_normal(self.config.time_mean + torch.randn(n, device=device))
 
     def forward(self, latents, labels, *, drop=None, eps=None, t=None):
         """Return the training loss (Eq. 8): flow matching of each image on the features it may use.
@@ -578,7 +580,7 @@ def mrar_config(config):
     return replace(config, mrar=True, repeat=2, **MRAR_SAMPLING.get(config.dim, {}))
 
 
-TINY = Recipe(lr=2e-3, batch=32, epochs=1.5, warmup=0.03, decay=0.5, clip=1.0, ema=0.999)
+TINY = Recipe(muon=True, lr=4e-3, batch=32, epochs=1.8, warmup=0.03, decay=0.5, clip=1.0, ema=0.999)
 PAPER = Recipe(lr=8e-4, batch=2048, epochs=800, warmup=100 / 800)
 PAPER_512 = Recipe(lr=1e-4, batch=2048, epochs=150, warmup=10 / 150, ema=0.999)
 TINY_MRAR = replace(TINY, lr=1e-3, batch=8, epochs=0.6)

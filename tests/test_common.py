@@ -361,14 +361,15 @@ def test_recipe_rates():
     assert rates == pytest.approx([0, 1, 2, 2, 1.1, 0.2])
 
 
-def test_muon_evens_out_singular_values():
-    """A step turns the matrix as the gradient does, by nearly the same in all directions."""
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5, 1, 1)])
+def test_muon_evens_out_singular_values(shape):
+    """A step turns matrix or kernel as the gradient does, by nearly the same in all directions."""
     grad = torch.randn(3, 5)
-    matrix = torch.nn.Parameter(torch.zeros(3, 5))
-    matrix.grad = grad.clone()
+    matrix = torch.nn.Parameter(torch.zeros(shape))
+    matrix.grad = grad.view(shape).clone()
     common.Muon([{"params": [matrix], "muon": True, "weight_decay": 0}], lr=1.0).step()
     u, _, v = torch.linalg.svd(grad, full_matrices=False)
-    turned = u.mT @ matrix @ v.mT / (-0.2 * 5**0.5)
+    turned = u.mT @ matrix.view(3, 5) @ v.mT / (-0.2 * 5**0.5)
     values = turned.diag()
     assert 0.6 < values.min() and values.max() < 1.3
     torch.testing.assert_close(turned, values.diag(), rtol=0, atol=1e-4)
