@@ -158,7 +158,8 @@ PRESETS = {
     "tiny": Config(image_size=32, classes=10, text=True, dim=96, head=32, mlp=256, depth=6,
                    diffusion_depth=3, ar_length=4, clean_time="zero", sampler="dpm", steps=50,
                    unet=UNetConfig((64,), (1,), (0,), time_dim=64),
-                   vae=replace(TINY_VAE, channels=4), image_weight=5.0, hidden="condition"),
+                   vae=replace(TINY_VAE, channels=8, kl_weight=5e-3), image_weight=5.0,
+                   hidden="condition"),
     "ffhq": Config(),
     "imagenet": Config(image_size=256, classes=1000, text=True, vocabulary=128256, ar_length=4,
                        steps=100, target="clean", image_weight=5.0, hidden="condition")}
