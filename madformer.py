@@ -848,8 +848,8 @@ def from_released(state, path="the checkpoint", *, unet=None, **fields):
 def main():
     """Print the presets with their parameter counts, and walk one batch through the tiny one."""
     common.print_presets(PRESETS, PUBLISHED, parameters=MADFormer)
-    print("\nTiny: latents (2, 4, 8, 8) and labels (2,) through MADFormer.forward")
-    common.walk(MADFormer(PRESETS["tiny"]), torch.randn(2, 4, 8, 8), torch.arange(2))
+    print("\nTiny: latents (2, 8, 8, 8) and labels (2,) through MADFormer.forward")
+    common.walk(MADFormer(PRESETS["tiny"]), torch.randn(2, 8, 8, 8), torch.arange(2))
 
 
 if __name__ == "__main__":
