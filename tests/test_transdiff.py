@@ -240,7 +240,7 @@ def test_dropped_samples_lose_their_label():
 
 @pytest.mark.parametrize("times,quartile", [("logit-normal", 0.2360), ("uniform", 0.25)])
 def test_training_times(times, quartile):
-    """Logit-normal around -0.5 on the released grid k/1000, and uniform, the paper's, on no grid."""
+    """Logit-normal at -0.5 on the released grid k/1000, and uniform, the paper's, on no grid."""
     torch.manual_seed(0)
     t = small(times=times).draw_times(100_000, "cpu")
     assert abs(t.quantile(0.25) - quartile) < 0.005
