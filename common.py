@@ -1147,7 +1147,7 @@ class Muon(torch.optim.AdamW):
         super().step()
 
     def momentum(self, p):
-        """Return Nesterov's momentum of a matrix, with this step's gradient."""
+        """Return Nesterov's momentum of a parameter, with this step's gradient."""
         state = self.state[p]
         if not state:  # AdamW expects a step when it loads them
             state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))

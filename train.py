@@ -294,7 +294,7 @@ def make_optimizer(network, recipe):
     groups = {}
     for name, p in network.named_parameters():
         decays = network.decays(name, p) if hasattr(network, "decays") else p.ndim > 1
-        # Embeddings, the layers around the blocks and those of the three colours stay AdamW's.
+        # Muon's: the matrices of blocks, and all kernels but those of the three colours.
         matrix = p in in_blocks if p.ndim == 2 else p.ndim == 4 and 3 not in p.shape[:2]
         muon = recipe.muon and matrix
         if p.requires_grad:
