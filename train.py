@@ -307,7 +307,8 @@ def make_optimizer(network, recipe):
 def resume(run):
     """Load weights, averages, optimizer and progress of an interrupted run."""
     path = run.folder / "state.pt"
-    with common.untrusted(path, "damaged: --fresh starts again, --out names another folder"):
+    with common.untrusted(path, "damaged or of another version: --fresh starts again, --out names"
+                          " another folder"):
         state = torch.load(path, "cpu", weights_only=True)
         config = asdict(run.config)
         before = asdict(common.rebuild(type(run.config), state["config"]))
