@@ -85,7 +85,7 @@ def run_script(main):
 
 
 ADVICE = {  # pattern in the type and the words of a RuntimeError -> what to say
-    "OutOfMemoryError": "out of memory: use a smaller --batch-size, or --accumulate",
+    "OutOfMemoryError": "out of memory: smaller batches need less (--batch-size, --accumulate)",
     r"'torch\._(dynamo|inductor)|stream is capturing":
         "torch.compile failed: --no-compile runs without it",
     "DataLoader worker": "a process that loads images died (memory?): the same command resumes",

@@ -841,7 +841,9 @@ def compile_steps(model, tokenizer):
 
 
 def check(model, tokenizer):
-    """Raise UserError if the model was made for another kind of tokenizer."""
+    """Raise UserError if the model was made for another kind of tokenizer, or is a tokenizer."""
+    if isinstance(model, Tokenizer):
+        raise UserError("--ckpt is a tokenizer: the file of an AR model belongs there")
     has, needs = tokenizer.config, model.config.tokenizer
     for name in ("queries", "codebook", "image_size"):
         if getattr(has, name) != getattr(needs, name):

@@ -381,6 +381,8 @@ def test_another_tokenizer_than_the_models_is_refused():
     dar.check(llama(), tokenizer())
     with pytest.raises(UserError, match="a tokenizer of another codebook"):
         dar.check(llama(), tokenizer(codebook=64))
+    with pytest.raises(UserError, match="--ckpt is a tokenizer"):
+        dar.check(tokenizer(), tokenizer())
 
 
 def test_files_that_do_not_fit_are_named(tmp_path):
