@@ -142,9 +142,9 @@ def override(config, assignments):
 
 def parse(text, kind):
     """Return the value of a text as a bool, int, float, str, or a tuple of one of these."""
-    if typing.get_origin(kind) is tuple:
-        kind = typing.get_args(kind)[0]
-        return tuple(kind(part) for part in text.split(",") if part)
+    elements = typing.get_args(kind)  # int and ... of tuple[int, ...]
+    if elements:
+        return tuple(elements[0](part) for part in text.split(",") if part)
     if kind is bool:
         return {"true": True, "false": False}[text.lower()]
     if is_dataclass(kind):
@@ -215,9 +215,10 @@ def true_float32():
         torch.set_float32_matmul_precision(before)
 
 
-def progress(total, title, unit, rank=0, done=0):
+def progress(total, title, unit, done=0):
     """Return a progress bar on rank 0. Without a terminal it prints a line every half minute."""
-    return tqdm(total=total, initial=done, desc=title, unit=unit, disable=rank > 0 or done >= total,
+    return tqdm(total=total, initial=done, desc=title, unit=unit,
+                disable=ranks()[0] > 0 or done >= total,
                 mininterval=0.2 if sys.stderr.isatty() else 30)
 
 
@@ -358,10 +359,10 @@ class Coder(nn.Module):
         lowest = widths[-1]  # of the lowest resolution
         width = lowest if up else config.width
         self.conv_in = conv3x3(c_in, width)
+        self.levels = nn.ModuleList([nn.Sequential() for _ in widths])
         order = sorted(range(len(widths)), reverse=up)
-        levels = []
         for i in order:
-            level = nn.Sequential()
+            level = self.levels[i]
             for _ in range(blocks):
                 block = nn.Sequential(ResBlock(width, widths[i], groups))
                 width = widths[i]
@@ -373,8 +374,6 @@ class Coder(nn.Module):
                 if up:
                     resample = [nn.Upsample(scale_factor=2.0), conv3x3(width, width)]
                 level.add_module("resample", nn.Sequential(*resample))
-            levels.append(level)
-        self.levels = nn.ModuleList(reversed(levels) if up else levels)
         self.mid = nn.Sequential(ResBlock(lowest, lowest, groups), SpatialAttention(lowest, groups),
                                  ResBlock(lowest, lowest, groups))
         self.norm_out = GroupNorm(groups, width)
@@ -929,7 +928,7 @@ def cached(folder, data, size, first_stage, views, workers=0):
     cache = Cache(Path(folder, name), len(data.labels), 256)
     missing = cache.missing()
     loader = torch.utils.data.DataLoader(missing, None, collate_fn=load, num_workers=workers)
-    with progress(len(missing), f"caching {data.name}", "x256 images", ranks()[0]) as bar:
+    with progress(len(missing), f"caching {data.name}", "x256 images") as bar:
         for indices, images in zip(missing, loader):
             codes = in_parts(encode, images.flatten(0, 1), size)
             cache.write(indices, codes.unflatten(0, images.shape[:2]).cpu().numpy())
@@ -1119,6 +1118,12 @@ def gather(value):
     return values
 
 
+def rank_share(n):
+    """Return the indices of this rank's share of n things. The shares are in the order of rank."""
+    rank, world = ranks()
+    return torch.arange(n).tensor_split(world)[rank]
+
+
 class Muon(torch.optim.AdamW):
     """AdamW, and Muon (Jordan et al., 2024) for the parameter groups with muon=True.
 
@@ -1204,6 +1209,12 @@ def save(path, content):
     """Write tensors, numbers, strings, lists and dicts atomically."""
     with atomic(path) as f:
         torch.save(content, f)
+
+
+def save_json(path, content):
+    """Write numbers, strings, lists and dicts as a text, atomically."""
+    with atomic(path) as f:
+        f.write(json.dumps(content, indent=1).encode())
 
 
 class StandIn:

@@ -22,11 +22,21 @@ Inputs    SAMPLES and REFERENCE are each a folder of pictures; an .npz with uint
           its test images, fashion-mnist:train its training images.
 Floor     Two sets of real images also have a distance, which grows as they get smaller. The floor
           beside a distance is that of as many real images as there are samples: see `floor`.
+
+  --save-stats FILE    write an .npz: the statistics of the samples, and their features
+  --features NAME      inception (default), or classifier: a small one, trained on the reference's
+                       labels
+  --resize NAME        tf1 (default), as torch-fidelity and the ADM suite; or pytorch, as
+                       pytorch-fid and MADFormer
+  --weights FILE       of Inception (default: FID_WEIGHTS, torch.hub's folder, else downloaded)
+  --image-size N       pixels; centre crop of pictures of other sizes (default: samples stay as they
+                       are, the reference takes their size)
+  --data-root DIR      where data sets are, or are downloaded to (default: data)
+  --device NAME        cpu, cuda, cuda:1, mps (default: the best there is)
 """
 import argparse
 import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -39,6 +49,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.special import entr
 from tqdm import tqdm
 
 import common
@@ -296,34 +307,27 @@ def inception_score(logits, splits=10, shuffle=True):
     suite takes 5,000 rows at a time as they come: also ten splits of 50,000 samples, which have to
     be in random order.
     """
-    log_p = torch.as_tensor(logits).double().log_softmax(1)
-    n = len(log_p)
+    probs = torch.as_tensor(logits).double().softmax(1)
+    n = len(probs)
     if shuffle:
-        log_p = log_p[np.random.RandomState(2020).permutation(n)]
+        probs = probs[np.random.RandomState(2020).permutation(n)]
     scores = []
-    for part in log_p.tensor_split([i * n // splits for i in range(1, splits)]):
-        if len(part):
-            log_mean = part.logsumexp(0) - math.log(len(part))
-            divergence = (part.exp() * (part - log_mean)).sum(1)
-            scores.append(divergence.mean().exp().item())
+    for part in probs.tensor_split([i * n // splits for i in range(1, splits)]):
+        if len(part):  # the mean divergence is the entropy of the mean less the mean entropy
+            divergence = entr(part.mean(0)).sum() - entr(part).sum(1).mean()
+            scores.append(divergence.exp().item())
     return np.mean(scores), np.std(scores)
 
 
-def squared_distances(a, b):
-    """Return the squared distances (n, m) of rows a (n, d) and b (m, d), never negative."""
-    return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp(min=0)
-
-
 def radii(x):
-    """Return the squared distance of each row to its third nearest other row, block by block."""
+    """Return the distance of each row to its third nearest other row, block by block."""
     # The nearest of all is the row itself.
-    return torch.cat([squared_distances(rows, x).kthvalue(4).values for rows in x.split(512)])
+    return torch.cat([torch.cdist(rows, x).kthvalue(4).values for rows in x.split(512)])
 
 
-def inside(x, centres, squared_radii):
-    """Return which rows of x lie within the radius of at least one centre."""
-    parts = [(squared_distances(rows, centres) <= squared_radii).any(1) for rows in x.split(512)]
-    return torch.cat(parts)
+def inside(x, centres, limits):
+    """Return which rows of x lie no farther from at least one centre than its limit, a radius."""
+    return torch.cat([(torch.cdist(rows, centres) <= limits).any(1) for rows in x.split(512)])
 
 
 def precision_recall(samples, reference, device="cpu"):
@@ -509,9 +513,9 @@ def train_classifier(network, data, device):
     with common.progress(steps, "training a classifier", "step") as bar, common.true_float32():
         for _ in range(steps):
             indices = rng.integers(len(data.labels), size=128)
-            images = torch.stack([samples.view(0, i) for i in indices]).to(device)
-            labels = torch.from_numpy(data.labels[indices]).to(device)
-            loss = F.cross_entropy(network(common.to_float(images))[1], labels)
+            images, _ = samples[0, indices]
+            _, logits = network(common.to_float(images.to(device)))
+            loss = F.cross_entropy(logits, torch.from_numpy(data.labels[indices]).to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -590,11 +594,10 @@ class Evaluator:
 
     def extract_all(self, source):
         """Return the gathered features of a Source's images. Each rank reads its share."""
-        rank, world = common.ranks()
         n = len(source.data.labels)
         features = Features(keep=n <= KEEP)
-        share = torch.arange(n).tensor_split(world)[rank]
-        bar = common.progress(len(share), f"features of {source.path.name}", "img", rank)
+        share = common.rank_share(n)
+        bar = common.progress(len(share), f"features of {source.path.name}", "img")
         with bar, ThreadPoolExecutor(8) as threads:
             for indices in share.split(BATCH):
                 whole = [pair for pair in threads.map(source.read, indices.tolist()) if pair]
@@ -673,20 +676,15 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("samples", help="folder, .npz, statistics or data set")
-    add("reference", nargs="?", help="the same kinds")
-    add("--save-stats", help="write an .npz: the statistics of the samples, and their features")
-    add("--features", choices=["inception", "classifier"], default="inception",
-        help="classifier: a small one, trained on the reference's labels")
-    add("--resize", choices=RESIZE, default="tf1",
-        help="tf1 (default): torch-fidelity and ADM suite; pytorch: pytorch-fid, as MADFormer")
-    add("--weights",
-        help="file of Inception (default: FID_WEIGHTS, torch.hub's folder, else downloaded)")
-    add("--image-size", type=common.positive,
-        help="pixels; centre crop of pictures of other sizes"
-        " (default: samples stay as they are, the reference takes their size)")
-    add("--data-root", default="data", help="where data sets are, or are downloaded to")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("samples")
+    add("reference", nargs="?")
+    add("--save-stats")
+    add("--features", choices=["inception", "classifier"], default="inception")
+    add("--resize", choices=RESIZE, default="tf1")
+    add("--weights")
+    add("--image-size", type=common.positive)
+    add("--data-root", default="data")
+    add("--device")
     args = parser.parse_args()
     if not args.reference and (args.features == "classifier" or not args.save_stats):
         parser.error("give a REFERENCE; only --save-stats of Inception's features needs none")
@@ -716,8 +714,7 @@ def main():
                    "samples": args.samples, "reference": args.reference}
         print(describe(numbers))
         file = samples.beside("fid.json")
-        with common.atomic(file) as f:
-            f.write(json.dumps({**samples.meta, **numbers}, indent=1).encode())
+        common.save_json(file, {**samples.meta, **numbers})
         print(f"wrote {file}")
 
 

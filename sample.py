@@ -13,6 +13,26 @@
 weights in weights/<model> beside this script are used. Image k of a seed is the same whatever the
 batch size or the number of GPUs. An interrupted command resumes. A meta.json beside the output
 says what was sampled and how.
+
+of what
+  --model NAME         transdiff, dar, madformer, or a model file of your own
+  --run DIR            runs/<model> (default), or one stage in it (default: its last stage)
+  --ckpt FILE          a released checkpoint instead of a run
+  --vae, --tokenizer   the first stage (default: the run's own)
+  --raw                the last weights instead of their average (EMA)
+what
+  --classes CLASS ...  ids or names (default: all)
+  --n N                images, balanced over the classes (default: 8 of each, at most 80)
+  --seed N             (default: 0)
+  --out PATH           x.png (default: samples.png), x.gif, x.npz (arr_0, labels arr_1), or a folder
+  --stream             show every step in x.png or x.gif, while it is made
+  --reconstruct FILE   encode and decode pictures or a data set
+  --image-size N       pixels for a VAE that reconstructs (default: 32)
+how
+  --batch-size N       images at a time (default: 64)
+  --precision NAME     bf16 (default on CUDA) or fp32
+  --compile            torch.compile (default on CUDA, but not for tiny), or --no-compile
+  --device NAME        cpu, cuda, cuda:1, mps (default: the best there is)
 """
 import argparse
 import dataclasses
@@ -41,22 +61,22 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help="transdiff, dar, madformer, or a model file of your own")
-    add("--run", help="runs/<model>, or one stage in it (default: its last stage)")
-    add("--ckpt", help="a released checkpoint instead of a run")
-    add("--vae", "--tokenizer", dest="first_stage", help="default: the run's own")
-    add("--raw", action="store_true", help="the last weights instead of their average (EMA)")
-    add("--classes", nargs="+", help="ids or names (default: all)")
-    add("--n", type=positive, help="images, balanced over the classes (default: 8 of each)")
+    add("--model", required=True)
+    add("--run")
+    add("--ckpt")
+    add("--vae", "--tokenizer", dest="first_stage")
+    add("--raw", action="store_true")
+    add("--classes", nargs="+")
+    add("--n", type=positive)
     add("--seed", type=natural, default=0)
     add("--batch-size", type=positive, default=64)
-    add("--out", default="samples.png", help="x.png, x.gif, x.npz (arr_0, labels arr_1), or folder")
-    add("--stream", action="store_true", help="show every step in x.png or x.gif, while it is made")
-    add("--reconstruct", nargs="+", help="encode and decode pictures or a data set")
-    add("--image-size", type=positive, default=32, help="pixels for a VAE that reconstructs")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on CUDA, else fp32")
-    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, not for tiny")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--out", default="samples.png")
+    add("--stream", action="store_true")
+    add("--reconstruct", nargs="+")
+    add("--image-size", type=positive, default=32)
+    add("--precision", choices=("bf16", "fp32"))
+    add("--compile", action=argparse.BooleanOptionalAction)
+    add("--device")
     if name:
         model_file = common.load_model(name)
         group = parser.add_argument_group(f"options of {name}")
@@ -95,8 +115,7 @@ def main():
             about[name] = values.double().mean(0).tolist()
         folder = unfinished / "set"
         beside = folder / "meta.json" if folder.exists() else out.with_suffix(".meta.json")
-        with common.atomic(beside) as f:
-            f.write(json.dumps(about, indent=1).encode())
+        common.save_json(beside, about)
         if folder.exists():
             folder.rename(out)
         shutil.rmtree(unfinished)
@@ -151,8 +170,7 @@ def generation(args, process, model_file, options):
         if names != class_names:
             raise UserError("--classes: this model, or an option here, does not go by classes")
         classes = common.class_ids(args.classes, config)
-    shown = len(classes) if args.classes else min(len(classes), 10)
-    n = args.n or shown * (1 if args.stream else 8)
+    n = args.n or min(len(classes), 10) * (1 if args.stream else 8)
     args.image_size = config.image_size
     labels = np.take(classes, np.arange(n) * len(classes) // n)
     args.batch_size = n if args.stream else min(n, args.batch_size)  # a stream grows as a whole
@@ -192,7 +210,8 @@ def reconstruction(args, process, model_file, options):
 
 def reconstruct(first_stage, samples, indices, noise, on_step=None, **options):
     """Return reconstructions (b, 3, h, w) and the PSNR (b, steps) after each step, in dB."""
-    originals = torch.stack([samples.view(0, i) for i in indices.tolist()]).to(indices.device)
+    originals, _ = samples[0, indices.tolist()]
+    originals = originals.to(indices.device)
     images = common.to_float(originals)
     steps = []
     result = first_stage.reconstruct(images, noise, on_step=steps.append, **options)
@@ -260,7 +279,7 @@ def make_all(job, unfinished):
     share the work, and what is there is not made again."""
     n = len(job.inputs)
     films = common.Cache(unfinished, n, job.args.batch_size)
-    bar = common.progress(n // job.process.world, "sampling", "img", job.process.rank)
+    bar = common.progress(n // job.process.world, "sampling", "img")
     for batch in films.missing():
         film, facts = job.make(batch)
         common.save(unfinished / f"{batch[0]:08d}.pt", facts)

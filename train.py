@@ -146,7 +146,7 @@ def train(run):
     on_stop_signals(run.stop)
     skipped = in_a_row = 0
     window = []
-    bar = common.progress(run.steps, run.stage.name, "step", process.rank, run.step)
+    bar = common.progress(run.steps, run.stage.name, "step", run.step)
     while run.step < run.steps:
         start = time.perf_counter()
         rate = recipe.rate(run.step, run.steps)
@@ -266,7 +266,7 @@ class Run:
 def load_first_stage(run):
     """Return the frozen stage whose codes the network is trained on."""
     args, device = run.args, run.process.device
-    source = next(s for s in run.model_file.STAGES if s.name == run.stage.first_stage)
+    source = run.model_file.STAGES[0]
     if not args.first_stage and args.size not in source.recipes:
         raise UserError(f"size {args.size} needs --{source.name} FILE, a published {source.name}")
     first_stage = source.load(args.first_stage or run.folder.with_name(source.name) / "model.pt")
@@ -310,10 +310,9 @@ def resume(run):
     with common.untrusted(path, "damaged or of another version: --fresh starts again, --out names"
                           " another folder"):
         state = torch.load(path, "cpu", weights_only=True)
-        config = asdict(run.config)
-        before = asdict(common.rebuild(type(run.config), state["config"]))
-        if before != config:
-            old = {k: v for k, v in before.items() if v != config[k]}
+        before = vars(common.rebuild(type(run.config), state["config"]))
+        old = {name: value for name, value in before.items() if value != getattr(run.config, name)}
+        if old:
             raise UserError(f"{run.folder} was started with another configuration ({old}): --fresh"
                             " starts again, --out names another folder")
         common.load_strict(run.network, state["model"], path)
@@ -446,8 +445,7 @@ def save(run, keep):
              "step": run.step, "seed": args.seed}
     for half_written in run.folder.glob(".*.pt"):  # by a killed process
         half_written.unlink()
-    with common.atomic(run.folder / "config.json") as f:
-        f.write(json.dumps(about, indent=1).encode())
+    common.save_json(run.folder / "config.json", about)
     if hasattr(run.ema, "finish"):
         run.ema.finish(examples(run))
     ema = run.ema.state_dict()
@@ -498,8 +496,7 @@ def evaluate(run, evaluator):
     features = fid.Features()
     facts = []
     n = max(run.args.fid_samples, 2 * run.process.world)
-    share = torch.arange(n).tensor_split(run.process.world)[run.process.rank]
-    for indices in share.split(run.micro):
+    for indices in common.rank_share(n).split(run.micro):
         images, labels, found = generated(run, indices, n)
         evaluator.extract(features, images.permute(0, 2, 3, 1), labels)
         facts.append({name: values.double().cpu() for name, values in found.items()})
