@@ -1,7 +1,7 @@
 """What the models share and none of the papers invented: KL-VAE, data, randomness, training state.
 
 Sections   1  Errors and scripts: configurations, launch    UserError, override, launch
-           2  KL-VAE: encoder, decoder, published weights   KLVAE, load_vae
+           2  Layers, KL-VAE and its published weights      KLVAE, load_vae
            3  Data: named sets, folders, order, cache       load_data, Samples, cached
            4  Randomness: one generator per image           Noise
            5  Training state: stages, ranks, checkpoints    Stage, Recipe, read_checkpoint
@@ -281,7 +281,28 @@ def walk(module, *inputs):
         return module(*inputs)
 
 
-# --- 2  KL-VAE ------------------------------------------------------------------------------------
+# --- 2  Layers and KL-VAE -------------------------------------------------------------------------
+
+GroupNorm = partial(nn.GroupNorm, eps=1e-6)
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+Matrix = partial(nn.Linear, bias=False)  # a linear layer that is a matrix alone
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
+
+
+def plain_norm(x):
+    """Layer norm without parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def split_heads(x, heads):
+    """Return x (..., n, dim) as (..., heads, n, dim/heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def merge_heads(x):
+    """Return x (B, heads, n, C) as (B, n, heads * C)."""
+    return x.transpose(1, 2).flatten(2)
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -305,10 +326,6 @@ class VAEConfig:
 SD_VAE = VAEConfig(channels=4, mult=(1, 2, 4, 4), attention=(), scale=0.18215)  # the f8 one
 TINY_VAE = VAEConfig(width=16, mult=(1, 2, 4), blocks=1, attention=(), groups=8, scale=0,
                      kl_weight=1e-3)
-
-
-GroupNorm = partial(nn.GroupNorm, eps=1e-6)
-conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class ResBlock(nn.Module):
@@ -968,6 +985,16 @@ class Noise:
         if self.device.type == "cuda":
             values = values.pin_memory()  # so that the copy does not hold up the host
         return values.to(self.device, non_blocking=True)
+
+
+def drop_labels(model, labels, drop=None):
+    """Return labels (B,) of which some become "no label", on which guidance relies: those where
+    drop (B,) is true or, by default, in training, a share drawn at random."""
+    c = model.config
+    if drop is None:
+        share = c.label_drop if model.training else 0.0
+        drop = torch.rand(len(labels), device=labels.device) < share
+    return labels.masked_fill(drop, c.classes)
 
 
 def moves(x):

@@ -27,7 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import Recipe, Stage, UserError, numbered
+from common import (LayerNorm, Matrix, Recipe, Stage, UserError, merge_heads, numbered, plain_norm,
+                    split_heads)
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,7 @@ PUBLISHED = {"b": "111M", "l": "343M", "xl": "775M", "xxl": "1.4B"}
 
 # --- Layers of the tokenizer ----------------------------------------------------------------------
 
-def plain_norm(x):
-    """Layer norm without parameters."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 RMSNorm = partial(nn.RMSNorm, eps=1e-5)
-Matrix = partial(nn.Linear, bias=False)  # a linear layer that is a matrix alone
 
 
 def mlp(dim, hidden, out):
@@ -161,17 +155,12 @@ def grid_positions(side):
     return torch.cartesian_prod(torch.arange(side), torch.arange(side))
 
 
-def split_heads(x, head):
-    """Return (B, heads, n, head) of x (B, n, dim)."""
-    return x.unflatten(2, (-1, head)).transpose(1, 2)
-
-
 class Attention(nn.Module):
     """Multi-head attention with normalised queries and keys."""
 
     def __init__(self, dim, head):
         super().__init__()
-        self.head = head
+        self.heads = dim // head
         linear = partial(nn.Linear, dim, dim)
         self.q = linear()
         self.k = linear()
@@ -187,14 +176,13 @@ class Attention(nn.Module):
         attn_mask or is_causal of scaled_dot_product_attention.
         """
         source = x if context is None else context
-        q = self.q_norm(split_heads(self.q(x), self.head))
-        k = self.k_norm(split_heads(self.k(source), self.head))    # (B, heads, m, head)
-        v = split_heads(self.v(source), self.head)
+        q = self.q_norm(split_heads(self.q(x), self.heads))
+        k = self.k_norm(split_heads(self.k(source), self.heads))   # (B, heads, m, head)
+        v = split_heads(self.v(source), self.heads)
         if rotary is not None:
             q = rotate(q, rotary)
             k = rotate(k, rotary) if context is None else k
-        x = F.scaled_dot_product_attention(q, k, v, **mask)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v, **mask)))
 
 
 class Block(nn.Module):
@@ -641,15 +629,15 @@ class LlamaBlock(nn.Module):
         A single token comes with a cache of all keys and values, (B, heads, N, C) each. Its own are
         stored at place (1,). mask (1, N) bool: the places that are filled.
         """
-        qkv = self.wqkv(self.attention_norm(x)).unflatten(2, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # (B, heads, n, C) each
+        qkv = self.wqkv(self.attention_norm(x))
+        q, k, v = split_heads(qkv, 3 * self.heads).chunk(3, 1)     # (B, heads, n, C) each
         q = rotate(q, rotary)
         k = rotate(k, rotary)
         if cache is not None:  # written as a whole: through a view, compiled code would copy it
             k = cache[0].index_copy_(2, place, k)
             v = cache[1].index_copy_(2, place, v)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None)
-        x = x + self.dropout(self.wo(h.transpose(1, 2).flatten(2)))
+        x = x + self.dropout(self.wo(merge_heads(h)))
         h = self.ffn_norm(x)
         return x + self.dropout(self.w2(F.silu(self.w1(h)) * self.w3(h)))
 
@@ -688,10 +676,7 @@ class Llama(nn.Module):
         drop (B,) bool, the images that lose their label, may be given. accuracy: share of the
         tokens that were the most likely ones.
         """
-        if drop is None:
-            rate = self.config.label_drop if self.training else 0.0
-            drop = torch.rand(len(labels), device=labels.device) < rate
-        labels = torch.where(drop, self.config.classes, labels)
+        labels = common.drop_labels(self, labels, drop)
         logits = self.logits(codes, labels).flatten(0, 1)
         codes = codes.flatten()
         return {"loss": F.cross_entropy(logits, codes),            # Eq. 6
@@ -836,7 +821,7 @@ def compile_steps(model, tokenizer):
         layer.compile()
     model.step = common.recorded(model.step)
     model.draw = common.recorded(model.draw)
-    model.key_value_pairs = lru_cache(None)(common.key_value_pairs)
+    model.key_value_pairs = lru_cache(common.key_value_pairs)
     tokenizer.pixels.compile()
 
 
@@ -863,8 +848,8 @@ def ten_crops(image, size, rng):
     """Views: corners and centre of the picture at 1.1 times the size, and their mirror images."""
     image = common.centre_crop(image, int(size * 1.1))
     far = image.width - size
-    crops = [common.cut(image, size, *place) for place in
-             ((0, 0), (far, 0), (0, far), (far, far), (far // 2, far // 2))]
+    crops = [common.cut(image, size, left, top) for top in (0, far) for left in (0, far)]
+    crops.append(common.cut(image, size, far // 2, far // 2))
     return crops + [common.mirror(crop) for crop in crops]
 
 
@@ -977,11 +962,11 @@ def from_released(state, released, path="the checkpoint", **overrides):
     if "token_embed.weight" in state:
         codebook, dim = state["token_embed.weight"].shape
         preset = next((preset for preset in PRESETS.values() if preset.dim == dim), Config())
-        config = Config(
+        fields = dict(
             dim=dim, heads=dim // 64, depth=len(numbered(state, r"layers\.(\d+)")),
             classes=len(state["class_embed.weight"]) - 1, cfg=preset.cfg,
             tokenizer=TokenizerConfig(codebook=codebook))
-        module = Llama(replace(config, **overrides))
+        module = Llama(Config(**fields | overrides))
     else:
         for name in ("to_code.weight", "from_code.weight", "pixels.input.weight",
                      "pixels.output.weight"):

@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 import common
-from common import SD_VAE, TINY_VAE, Recipe, Stage, UserError, VAEConfig
+from common import (SD_VAE, TINY_VAE, GroupNorm, Matrix, Recipe, Stage, UserError, VAEConfig,
+                    conv3x3, merge_heads, split_heads)
 
 MAX_STEPS = {"ddim": 1000, "dpm": 999}  # of each sampler
 TEXT, CLEAN, NOISE = range(3)           # kinds of rows
@@ -179,9 +180,6 @@ def tokenize(texts):
 
 # --- The U-Net before and after the transformer ---------------------------------------------------
 
-conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
-
-
 class TimeEmbedding(nn.Module):
     """e(t) = W2 SiLU(W1 t), of the step itself, in float32: bfloat16 cannot count to 999."""
 
@@ -201,17 +199,15 @@ class PlaneAttention(nn.Module):
     def __init__(self, channels, unet):
         super().__init__()
         self.heads = unet.heads
-        self.norm = nn.GroupNorm(unet.groups, channels, eps=1e-6)
+        self.norm = GroupNorm(unet.groups, channels)
         self.qkv = nn.ModuleDict({name: nn.Linear(channels, channels) for name in "qkv"})
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x):                                                # (M, C, p, p)
         h = self.norm(x).flatten(2).mT                                   # (M, p p, C)
-        qkv = []
-        for linear in self.qkv.values():
-            qkv.append(linear(h).unflatten(2, (self.heads, -1)).transpose(1, 2))
+        qkv = [split_heads(linear(h), self.heads) for linear in self.qkv.values()]
         h = F.scaled_dot_product_attention(*qkv)                         # (M, heads, p p, C/heads)
-        h = self.out(h.transpose(1, 2).flatten(2))                       # (M, p p, C)
+        h = self.out(merge_heads(h))                                     # (M, p p, C)
         return x + h.mT.unflatten(2, x.shape[2:])
 
 
@@ -220,10 +216,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, unet, has_attention):
         super().__init__()
-        self.norm1 = nn.GroupNorm(unet.groups, c_in, eps=1e-6)
+        self.norm1 = GroupNorm(unet.groups, c_in)
         self.conv1 = conv3x3(c_in, c_out)
         self.time = nn.Linear(unet.time_dim, c_out)
-        self.norm2 = nn.GroupNorm(unet.groups, c_out, eps=1e-6)
+        self.norm2 = GroupNorm(unet.groups, c_out)
         self.conv2 = conv3x3(c_out, c_out)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = PlaneAttention(c_out, unet) if has_attention else nn.Identity()
@@ -307,26 +303,26 @@ class Tower(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim = config.dim
-        self.head = config.head
+        self.heads = dim // config.head
         self.norm1 = nn.RMSNorm(dim, eps=1e-5)
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = nn.RMSNorm(self.head, eps=1e-6)
-        self.k_norm = nn.RMSNorm(self.head, eps=1e-6)
+        self.q_norm = nn.RMSNorm(config.head, eps=1e-6)
+        self.k_norm = nn.RMSNorm(config.head, eps=1e-6)
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.RMSNorm(dim, eps=1e-5)
-        self.gate = nn.Linear(dim, config.mlp, bias=False)
-        self.up = nn.Linear(dim, config.mlp, bias=False)
-        self.down = nn.Linear(config.mlp, dim, bias=False)
+        self.gate = Matrix(dim, config.mlp)
+        self.up = Matrix(dim, config.mlp)
+        self.down = Matrix(config.mlp, dim)
 
     def project_qkv(self, x):
         """Return queries, keys and values (B, heads, m, head) of rows x (B, m, dim)."""
-        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, -1, self.head))
-        q, k, v = qkv.transpose(1, 3).unbind(2)
+        qkv = self.qkv(self.norm1(x))
+        q, k, v = split_heads(qkv, 3 * self.heads).chunk(3, 1)
         return self.q_norm(q.float()), self.k_norm(k.float()), v
 
     def project_and_mlp(self, x, mixed):
         """Return the layer's output (B, m, dim). mixed (B, heads, m, head): what attention gave."""
-        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        x = x + self.proj(merge_heads(mixed))
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
@@ -478,15 +474,14 @@ class MADFormer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        c = config
+        c = self.config = config
         self.down = UNetHalf(c.unet, c.vae.channels, c.dim)
         self.up = UNetHalf(c.unet, c.dim, c.vae.channels, self.down.skip_widths)
         self.boi = nn.Parameter(torch.randn(1, c.tokens, c.dim))         # before the first block
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.depth))
         if c.text:
             self.embed = nn.Embedding(c.vocabulary, c.dim)
-            self.head = nn.Linear(c.dim, c.vocabulary, bias=False)  # without a norm before it
+            self.head = Matrix(c.dim, c.vocabulary)  # without a norm before it
             self.register_buffer("names", tokenize(conditions(c)), persistent=False)
         grid = self.cut(torch.tensor(np.indices((c.side, c.side))[None]))  # rows and columns
         grid = grid.movedim(2, 0).flatten(1)                             # (2, T n)
@@ -661,7 +656,7 @@ class MADFormer(nn.Module):
             tokens, _ = self.down(x_0, clean_t)
         return self.join(blocks)
 
-    def prefill_text(self, labels, prompt=None):
+    def prefill_text(self, labels, prompt):
         """Run the text of labels (B,) into a new cache, and return the Span of each block."""
         c = self.config
         text = labels[None, :0]                                          # (1, 0): no text
@@ -757,12 +752,6 @@ def compile_steps(model, vae):
 
 check = common.check_vae
 
-
-def model_views(config):
-    """Crops whose latents the model is trained on."""
-    return common.centre
-
-
 FFHQ = 70_000  # training images; the paper counts steps
 IMAGENET = 1_281_167
 WSD = Recipe(lr=3e-4, batch=64, epochs=210_000 * 64 / FFHQ, warmup=0.01, decay=0.15, final=1 / 64,
@@ -772,7 +761,7 @@ RECIPES = {
     "ffhq": WSD,
     "imagenet": replace(WSD, batch=256, epochs=250_000 * 256 / IMAGENET)}
 STAGES = [common.vae_stage(),
-          Stage("madformer", MADFormer, RECIPES, model_views, first_stage="vae")]
+          Stage("madformer", MADFormer, RECIPES, lambda config: common.centre, first_stage="vae")]
 
 
 # --- Released checkpoints -------------------------------------------------------------------------
@@ -820,8 +809,7 @@ def load_official(path, **overrides):
         for name, (field, value) in ARGUMENTS.items():
             if getattr(args, name, False):
                 fields[field] = value
-        state = common.unwrap(content, "ema", "model")
-        return from_released(state, path, **{**fields, **overrides})
+        return from_released(common.unwrap(content, "ema", "model"), path, **fields | overrides)
 
 
 def from_released(state, path="the checkpoint", *, unet=None, **fields):

@@ -19,7 +19,6 @@ Where     Eq. 4, 5, 8, the loss: TransDiff.forward    Eq. 9, 11, the input: ARTr
 Differs   Where the paper is silent or its released code differs, a Config field selects one:
           `times`, `feed`. docs/paper_and_code.md lists all points.
 """
-import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -28,7 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import TINY_VAE, Recipe, Stage, UserError, VAEConfig
+from common import (TINY_VAE, LayerNorm, Recipe, Stage, UserError, VAEConfig, merge_heads,
+                    plain_norm, split_heads)
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,6 @@ MRAR_SAMPLING = {  # width -> where published MRAR models differ from their 1-st
 
 # --- Layers ---------------------------------------------------------------------------------------
 
-LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
-
-
 def table(rows, dim):
     """Return learned vectors (1, rows, dim), which TransDiff.initialise fills."""
     return nn.Parameter(torch.empty(1, rows, dim))
@@ -137,16 +134,10 @@ def mlp(dim, dropout):
                          nn.Linear(4 * dim, dim), nn.Dropout(dropout))
 
 
-def split_heads(x, heads):
-    """Return x (..., n, D) as (..., heads, n, D/heads)."""
-    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
-
-
 def attend(q, k, v, dropout):
     """Return the attention (B, n, D) of q, k and v (B, heads, n, D/heads)."""
     dropout_p = dropout.p if dropout.training else 0.0
-    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
-    return x.transpose(1, 2).flatten(2)
+    return merge_heads(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p))
 
 
 class SelfAttention(nn.Module):
@@ -188,9 +179,9 @@ class CrossAttention(nn.Module):
         """Return keys and values (2, B, heads, M, D/heads) of a condition c (B, M, D)."""
         return split_heads(torch.stack([self.wk(c), self.wv(c)]), self.heads)
 
-    def forward(self, x, k, v):                                     # (B, N, D)
+    def forward(self, x, keys_values):                              # (B, N, D)
         q = split_heads(self.wq(x), self.heads)                     # (B, heads, N, D/heads)
-        return self.dropout(self.proj(attend(q, k, v, self.dropout)))
+        return self.dropout(self.proj(attend(q, *keys_values, self.dropout)))
 
 
 # --- The AR transformer: class and references to semantic features --------------------------------
@@ -220,8 +211,8 @@ class ARTransformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        c, dim = config, config.dim
+        c = self.config = config
+        dim = c.dim
         self.class_embed = nn.Embedding(c.classes, dim)
         self.null = nn.Parameter(torch.empty(1, dim))               # the embedding of "no label"
         self.mask = table(c.features_per_image if c.mrar else 1, dim)
@@ -240,7 +231,7 @@ class ARTransformer(nn.Module):
         embeddings = torch.cat([self.class_embed.weight, self.null])
         class_tokens = embeddings[labels][:, None].expand(-1, c.class_tokens, -1)
         mask = self.mask.expand(len(labels), c.features_per_image, -1)
-        if c.ar_depth == 0:  # the diffusion decoder alone: no block brings the class to the mask
+        if not self.blocks:  # the diffusion decoder alone: none brings the class to the mask
             mask = mask + class_tokens[:, :1]
         return torch.cat([class_tokens, mask], 1)                   # Eq. 9
 
@@ -287,13 +278,13 @@ class DecoderBlock(nn.Module):
         self.norm3 = LayerNorm(dim)
         self.mlp = mlp(dim, dropout)
 
-    def forward(self, x, modulation, k, v):                         # (B, N, D), (B or 1, 6, D)
+    def forward(self, x, modulation, keys_values):                  # (B, N, D), (B or 1, 6, D)
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.table + modulation).split(1, 1)
         h = self.norm1(x) * (1 + scale1) + shift1                   # scales etc.: (B or 1, 1, D)
         x = x + gate1 * self.attn(h, [x.shape[1]])
-        if len(k) > len(x):  # guidance: 2 B conditions for B images, which were equal up to here
+        if keys_values.shape[1] > len(x):  # guidance: 2 B conditions for B images, equal up to here
             x = x.repeat(2, 1, 1)
-        x = x + self.cross(self.norm2(x), k, v)
+        x = x + self.cross(self.norm2(x), keys_values)
         h = self.norm3(x) * (1 + scale3) + shift3
         return x + gate3 * self.mlp(h)
 
@@ -318,9 +309,9 @@ class Decoder(nn.Module):
         self.output = nn.Linear(dim, c.vae.channels)
 
     def keys_values(self, c):
-        """Return all blocks' keys and values (2, depth, B, heads, M, D/heads) of c (B, M, D)."""
+        """Return all blocks' keys and values (depth, 2, B, heads, M, D/heads) of c (B, M, D)."""
         c = self.condition(c)
-        return torch.stack([block.cross.keys_values(c) for block in self.blocks], 1)
+        return torch.stack([block.cross.keys_values(c) for block in self.blocks])
 
     def modulation(self, t):
         """Return the embedding of times t (B,), then the AdaLN of all blocks, (B, 7, D)."""
@@ -329,18 +320,14 @@ class Decoder(nn.Module):
         embedding = self.time(torch.cat([angles.cos(), angles.sin()], 1))
         return torch.cat([embedding, self.modulate(F.silu(embedding))], 1).unflatten(1, (7, -1))
 
-    def forward(self, x, modulation, keys_values, end=None):
-        """Return the velocity (B, N, z) of tokens x, or (2 B, N, z) for 2 B conditions.
-
-        end: only this many of the condition's features are used.
-        """
+    def forward(self, x, modulation, keys_values):
+        """Return the velocity (B, N, z) of tokens x, or (2 B, N, z) for 2 B conditions."""
         embedding, shared = modulation.split((1, 6), 1)
         x = self.input(x) + self.pos                                # (B, N, D)
-        keys, values = keys_values
-        for block, k, v in zip(self.blocks, keys[..., :end, :], values[..., :end, :]):
-            x = block(x, shared, k, v)
+        for block, own in zip(self.blocks, keys_values):
+            x = block(x, shared, own)
         shift, scale = (self.table + embedding).split(1, 1)
-        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        x = plain_norm(x) * (1 + scale) + shift
         return self.output(x).float()
 
 
@@ -413,10 +400,7 @@ class TransDiff(nn.Module):
         c = self.config
         m = c.repeat
         images = latents.unbind(1) if c.images_per_sample > 1 else scales(latents, c.rounds)
-        if drop is None:
-            share = c.label_drop if self.training else 0.0
-            drop = torch.rand(len(labels), device=labels.device) < share
-        labels = labels.masked_fill(drop, c.classes)
+        labels = common.drop_labels(self, labels, drop)
         h = self.semantic(labels, images[:-1])                      # (B, M, D)
         keys_values = self.decoder.keys_values(h + self.ar.feature_pos).repeat(1, 1, m, 1, 1, 1)
         parts = {}
@@ -426,7 +410,7 @@ class TransDiff(nn.Module):
             t_r = self.draw_times(len(x), x.device) if t is None else t[r]
             x_t = torch.lerp(x, eps_r, t_r[:, None, None])          # Eq. 4
             end = c.features_per_image * (r + 1)                    # features of images 0 .. r
-            v = self.decoder(x_t, self.decoder.modulation(t_r), keys_values, end)
+            v = self.decoder(x_t, self.decoder.modulation(t_r), keys_values[..., :end, :])
             parts[f"flow_{r}"] = F.mse_loss(v, eps_r - x)           # Eq. 5
         return {"loss": sum(parts.values()) / len(images), **parts}  # Eq. 8
 
@@ -465,7 +449,7 @@ class TransDiff(nn.Module):
                 condition = torch.cat([condition, h_null[:, used]])  # (2 B, K', D)
             condition = condition + self.ar.feature_pos[:, used]
             keys_values = self.decoder.keys_values(condition)
-            x = self.denoise(start, keys_values, len(used), c, noise, on_step)  # Eq. 7, 10, 12
+            x = self.denoise(start, keys_values, c, noise, on_step)  # Eq. 7, 10, 12
             images.append(self.latents(x))
         return images[-1], h
 
@@ -473,16 +457,15 @@ class TransDiff(nn.Module):
         """Return tokens (B, N, z) as latents (B, z, h, w)."""
         return x.mT.unflatten(2, (self.config.latent_size, -1))
 
-    def denoise(self, x, keys_values, end, c, noise, on_step):
+    def denoise(self, x, keys_values, c, noise, on_step):
         """Take tokens x (B, N, z) from noise to the image, with the sampler settings of a config c.
 
-        The first `end` keys and values are read. They have B conditional rows, then B unconditional
-        ones unless c.cfg is 1.
+        The keys and values have B conditional rows, then B unconditional ones unless c.cfg is 1.
         """
         ts = time_grid(c.steps, c.solver, x.device)
         modulation = self.decoder.modulation(ts[:-1])               # of all steps at once
         for i, (t, dt) in enumerate(zip(ts, ts.diff())):            # dt < 0
-            v = self.decoder(x, modulation[i:i + 1], keys_values, end)
+            v = self.decoder(x, modulation[i:i + 1], keys_values)
             if c.cfg != 1:
                 v, u = v.chunk(2)
                 v = u + c.cfg * (v - u)
@@ -512,7 +495,7 @@ class TransDiff(nn.Module):
         and class tables of another size start afresh.
         """
         if name == "ar.mask" and old.shape[1] == 1:
-            return old.expand(shape).clone()
+            return old.expand(shape)
         if name == "decoder.pos" and old.shape[2] == shape[2]:
             grid = old.mT.unflatten(2, (math.isqrt(old.shape[1]), -1))  # (1, D, side, side)
             grid = F.interpolate(grid, math.isqrt(shape[1]), mode="bicubic")

@@ -38,7 +38,7 @@ def exact(velocity, **changes):
     """Return a model whose decoder computes velocity(x, t) in closed form."""
     model = small(cfg=1.0, **changes)
     model.decoder.modulation = lambda t: t
-    model.decoder.forward = lambda x, t, keys_values, end: velocity(x, t)
+    model.decoder.forward = lambda x, t, keys_values: velocity(x, t)
     return model
 
 
