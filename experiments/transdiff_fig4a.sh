@@ -2,7 +2,7 @@
 # Claim   Fig. 4a: FID and the similarity of the semantic features fall together over training.
 # Here    1-step AR, judged every 250 steps; some 25 minutes on two cores.
 . "$(dirname "$0")/shared.sh"
-fit 2000 --model transdiff --stage 1step --vae "$weights/vae/model.pt" --out "$out/run" \
+fit 2000 --model transdiff --stage 1step --vae "$weights/transdiff/vae/model.pt" --out "$out/run" \
     --fid-every $((250 / short)) --fid-samples "$n"
 python - "$out/run/1step/log.jsonl" <<'TABLE'
 import json, sys

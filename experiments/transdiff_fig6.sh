@@ -3,7 +3,7 @@
 # Here    The same numbers of images per sample, from one 1-step model and for as many images in
 #         training. 64 images have one feature each. Some 120 minutes on two cores.
 . "$(dirname "$0")/shared.sh"
-more=(--model transdiff --vae "$weights/vae/model.pt")
+more=(--model transdiff --vae "$weights/transdiff/vae/model.pt")
 fit 1875 "${more[@]}" --stage 1step --out "$out/start"
 start=(--init "$out/start/1step/model.pt")
 fit 1125 "${more[@]}" --stage 1step --lr 1e-3 "${start[@]}" --out "$out/images_0"

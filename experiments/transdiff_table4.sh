@@ -4,7 +4,7 @@
 # Here    The same start for three, 1,125 steps each: 1-step (the control), MRAR, scale-level AR,
 #         whose batch has a quarter of the images, each at four scales. Some 60 minutes.
 . "$(dirname "$0")/shared.sh"
-more=(--model transdiff --vae "$weights/vae/model.pt")
+more=(--model transdiff --vae "$weights/transdiff/vae/model.pt")
 fit 1875 "${more[@]}" --stage 1step --out "$out/start"
 start=(--init "$out/start/1step/model.pt")
 fit 1125 "${more[@]}" --stage 1step --lr 1e-3 "${start[@]}" --out "$out/longer"
