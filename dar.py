@@ -113,7 +113,7 @@ TINY_TOKENIZER = TokenizerConfig(
     steps=16)
 PRESETS = {
     "tiny": Config(
-        image_size=32, classes=10, dim=192, heads=3, depth=4, dropout=0.0, cfg=(2.0, 2.0), crops=1,
+        image_size=32, classes=10, dim=192, heads=3, depth=4, dropout=0.0, cfg=(2.5, 2.5), crops=1,
         lpips_weight=0.0, repa_weight=0.0, tokenizer=TINY_TOKENIZER),
     "b": Config(tokenizer=TokenizerConfig(  # App. III, which does not state repa_layer
         dim=512, decoder_dim=512, pixel_dim=512, pixel_depth=8, repa_layer=5)),
