@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Claim   Fig. 5: an image decoded from features of two classes, in turns, blends the two.
 # Here    Three pairs of classes: the shares of images that the classifier of real images takes for
-#         A, for B and for another class. The rows of the picture: A, the blend, B. 5 minutes.
+#         A, for B and for another class. The rows of the picture: A, the blend, B. 6 minutes.
 . "$(dirname "$0")/shared.sh"
 run=(--model transdiff --run "$weights/transdiff")
 pairs=(t-shirt:dress pullover:shirt "sneaker:ankle boot")

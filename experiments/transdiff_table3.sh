@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Claim   Table 3: MRAR is better than 1-step AR at every size (L: FID 1.49 and 1.69), both with
 #         guidance.
-# Here    A guidance sweep for both. Without 1-step weights, only for MRAR. 15 minutes for each.
+# Here    A guidance sweep for both. Without 1-step weights, only for MRAR. 35 minutes for each.
 . "$(dirname "$0")/shared.sh"
 names=()
 for stage in 1step mrar; do
