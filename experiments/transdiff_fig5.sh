@@ -3,7 +3,7 @@
 # Here    Three pairs of classes: the shares of images that the classifier of real images takes for
 #         A, for B and for another class. The rows of the picture: A, the blend, B. 6 minutes.
 . "$(dirname "$0")/shared.sh"
-run=(--model transdiff --run "$weights/transdiff")
+run=(--model transdiff --run "$weights/transdiff" --steps 25)
 pairs=(t-shirt:dress pullover:shirt "sneaker:ankle boot")
 for pair in "${pairs[@]}"; do
     a=${pair%:*} b=${pair#*:}

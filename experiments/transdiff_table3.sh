@@ -7,7 +7,8 @@ names=()
 for stage in 1step mrar; do
     [ -e "$weights/transdiff/$stage/model.pt" ] || continue
     for cfg in 1 1.5 2 3 4; do
-        judge ${stage}_cfg_$cfg --model transdiff --run "$weights/transdiff/$stage" --cfg $cfg
+        judge ${stage}_cfg_$cfg --model transdiff --run "$weights/transdiff/$stage" --cfg $cfg \
+            --steps 25
         names+=(${stage}_cfg_$cfg)
     done
 done
